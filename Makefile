@@ -1,0 +1,38 @@
+# make test    sets up and runs the tests          make demo   sets up and makes a video from a prompt
+# make lint    ruff, as pre-commit runs it         make clean  removes the environment and the outputs
+#
+# PYTHON picks the interpreter. The constraints pin what continuous integration tested on it.
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
+VENV ?= .venv
+EXTRAS ?= dev,parity
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints/py$(VERSION).txt
+OUT ?= outputs/demo
+
+.PHONY: test demo lint clean
+
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	touch $@
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The main job from its real beginning: PyTorch checkpoints in their original layouts, here with random weights.
+demo: $(VENV)/installed
+	$(BIN)/python tools/random_checkpoint.py tiny $(OUT)/torch
+	$(BIN)/lf-jax convert self_forcing $(OUT)/torch/self_forcing_dmd.pt $(OUT)/model --preset tiny
+	$(BIN)/lf-jax convert wan_vae $(OUT)/torch/Wan2.1_VAE.pth $(OUT)/model
+	$(BIN)/lf-jax convert umt5 $(OUT)/torch/models_t5_umt5-xxl-enc-bf16.pth $(OUT)/model
+	$(BIN)/lf-jax sample --model $(OUT)/model --output $(OUT) --overwrite \
+	    --prompt "A red ball rolls slowly behind a white wall"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info
