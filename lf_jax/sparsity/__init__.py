@@ -1,0 +1,48 @@
+"""Which key blocks a query block attends to: budgets (`growth`) and selectors, chosen by name or given as a function."""
+
+import jax
+
+from lf_jax import config
+from lf_jax.arrays import Array, Float, Int
+from lf_jax.cache import ChunkKV, KVCache
+from lf_jax.sparsity.baselines import full, oracle, topk, window
+from lf_jax.sparsity.growth import Budget, chunk_budgets, chunk_sparsities
+from lf_jax.sparsity.hierarchical import light_forcing
+from lf_jax.sparsity.select import Selector, pool_keys
+from lf_jax.tokens import Grid
+from pallas_kernels import BlockMap
+
+SELECTORS: dict[str, Selector] = {
+    "light_forcing": light_forcing,
+    "topk": topk,
+    "window": window,
+    "full": full,
+    "oracle": oracle,
+}
+
+
+def select(
+    q: Float[Array, "b t head e"],
+    new: ChunkKV,
+    cache: KVCache,
+    layer: Int[Array, ""],
+    budget: Budget,
+    grid: Grid,
+    settings: config.Sparsity,
+) -> BlockMap:
+    """The key blocks of one layer of a chunk, by `settings.policy`: a name of `SELECTORS`, or a selector of one's own.
+
+    No gradient flows into the choice.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    policy = settings.policy
+    if isinstance(policy, str):
+        config.check(policy in SELECTORS, f"{policy=} must be 'dense', a function, or one of {', '.join(SELECTORS)}")
+        policy = SELECTORS[policy]
+    q, new, cache = jax.lax.stop_gradient((q, new, cache))
+    return policy(q, new, cache, layer, budget, grid, settings)
+
+
+__all__ = ["SELECTORS", "Budget", "Selector", "chunk_budgets", "chunk_sparsities", "pool_keys", "select"]

@@ -1,0 +1,153 @@
+"""The attention of a layer: self-attention over the cache and the chunk, dense or block-sparse, and cross-attention."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lf_jax import cache as kv
+from lf_jax import config, sparsity
+from lf_jax.arrays import Array, Float, Int
+from lf_jax.cache import ChunkKV, KVCache
+from lf_jax.tokens import Grid
+from pallas_kernels import Past, block_sparse_attention, platform
+
+ROWS = 512  # query tokens whose logits XLA holds at a time: 0.8 GB at 12 heads and 32k keys, where all of 4608 take 7 GB
+
+
+def self_attention(
+    q: Float[Array, "b t head e"],
+    k: Float[Array, "b t head e"],
+    v: Float[Array, "b t head e"],
+    cache: KVCache,
+    layer: Int[Array, ""],
+    budget: sparsity.Budget | None,
+    grid: Grid,
+    settings: config.Sparsity,
+) -> tuple[Float[Array, "b t head e"], ChunkKV]:
+    """Attends from a chunk to the visible frames of the cache and to the whole chunk; the cache is only read.
+
+    Args:
+        q, k, v: whole frames of `grid.frame_tokens` tokens, after qk-norm and RoPE.
+        layer: which layer of the cache.
+        budget: key blocks a query block may visit in this chunk; None where `settings` is dense.
+
+    Returns:
+        The output, and what this layer adds to the cache.
+
+    Raises:
+        ValueError: if `q` is not made of whole frames, or a sparse policy comes without a budget.
+    """
+    frames, over = divmod(q.shape[1], grid.frame_tokens)
+    config.check(over == 0, f"q has {q.shape[1]} tokens, expected a multiple of {grid.frame_tokens=}")
+    config.check(settings.dense or budget is not None, f"policy {settings.policy!r} needs a budget, received None")
+    new = chunk_kv(k, v, grid, pool=not settings.dense)
+    if settings.dense:
+        keys, values, length = kv.dense_view(cache, layer, new, frames)
+        keys, values = (without_padding(x, grid) for x in (keys, values))
+        return dense_attention(q, keys, values, length // grid.padded_frame * grid.frame_tokens), new
+    with jax.named_scope("select"):
+        blocks = sparsity.select(q, new, cache, layer, budget, grid, settings)
+    out = block_sparse_attention(
+        q,
+        new.k,
+        new.v,
+        blocks,
+        scale=q.shape[-1] ** -0.5,
+        past=Past(cache.k, cache.v, layer),
+        frame_tokens=grid.frame_tokens,
+        implementation=settings.implementation,
+    )
+    return out, new
+
+
+def cross_attention(
+    q: Float[Array, "b t head e"], k: Float[Array, "b n head e"], v: Float[Array, "b n head e"]
+) -> Float[Array, "b t head e"]:
+    """Attends from every token to every text row, the rows after the prompt included."""
+    return dense_attention(q, k, v)
+
+
+def dense_attention(
+    q: Float[Array, "b t head e"],
+    k: Float[Array, "b s head e"],
+    v: Float[Array, "b s head e"],
+    length: Int[Array, ""] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "b t head e"]:
+    """Softmax attention at scale 1/sqrt(e) over the first `length` keys, or all of them.
+
+    Args:
+        implementation: a name of `DENSE` runs or raises; None takes the first of them that can run the call: "cudnn"
+            on NVIDIA GPUs in 16 bits, else "xla".
+
+    Raises:
+        ValueError: for a name that is not in `DENSE`.
+        NotImplementedError: if the named implementation cannot run this call.
+    """
+    if implementation is None:
+        implementation = next(name for name, choice in DENSE.items() if choice.reason(q) is None)
+    config.check(implementation in DENSE, f"{implementation=} must be one of {', '.join(DENSE)}, or None")
+    reason = DENSE[implementation].reason(q)
+    if reason is not None:
+        raise NotImplementedError(f"dense attention with {implementation=}: {reason}")
+    return DENSE[implementation].run(q, k, v, length)
+
+
+def chunk_kv(k: Float[Array, "b t head e"], v: Float[Array, "b t head e"], grid: Grid, pool: bool) -> ChunkKV:
+    """The keys and values of a chunk as the cache holds them: every frame padded with zeros to whole key blocks."""
+    k, v = (with_padding(x, grid) for x in (k, v))
+    return ChunkKV(k, v, sparsity.pool_keys(k, grid) if pool else None)
+
+
+def with_padding(x: Float[Array, "b t head e"], grid: Grid) -> Float[Array, "b padded head e"]:
+    """Live tokens of whole frames -> the same frames with the token slots that fill their last key block."""
+    frames = x.reshape(x.shape[0], -1, grid.frame_tokens, *x.shape[2:])
+    frames = jnp.pad(frames, ((0, 0), (0, 0), (0, grid.padded_frame - grid.frame_tokens), (0, 0), (0, 0)))
+    return frames.reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def without_padding(x: Float[Array, "b padded head e"], grid: Grid) -> Float[Array, "b t head e"]:
+    """The inverse of `with_padding`."""
+    frames = x.reshape(x.shape[0], -1, grid.padded_frame, *x.shape[2:])
+    return frames[:, :, : grid.frame_tokens].reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def _cudnn_reason(q: Array) -> str | None:
+    device = platform.device()
+    if device.compute_capability is None or device.compute_capability < (8, 0):
+        return f"needs an NVIDIA GPU of compute capability 8.0 or later, this is {device.kind}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs bfloat16 or float16, received {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"needs a head_dim that is a multiple of 8 up to 128, received {q.shape[-1]}"
+    return None
+
+
+def _cudnn(q: Array, k: Array, v: Array, length: Array | None) -> Array:
+    lengths = None if length is None else jnp.broadcast_to(length, q.shape[:1]).astype(jnp.int32)
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+
+
+def _xla(q: Array, k: Array, v: Array, length: Array | None) -> Array:
+    mask = None if length is None else (jnp.arange(k.shape[1]) < length)[None, None, None]
+    attend = partial(jax.nn.dot_product_attention, key=k, value=v, mask=mask, implementation="xla")
+    b, t, *head = q.shape
+    if t <= ROWS:
+        return attend(q)
+    parts = jnp.pad(q, ((0, 0), (0, -t % ROWS), (0, 0), (0, 0))).reshape(b, -1, ROWS, *head)
+    out = jax.lax.map(jax.checkpoint(attend), jnp.moveaxis(parts, 1, 0))
+    return jnp.moveaxis(out, 0, 1).reshape(b, -1, *head)[:, :t]
+
+
+class Dense(NamedTuple):
+    reason: Callable[[Array], str | None]  # why it cannot run for such queries here; None if it can
+    run: Callable[[Array, Array, Array, Array | None], Array]
+
+
+DENSE: dict[str, Dense] = {  # in order of preference
+    "cudnn": Dense(_cudnn_reason, _cudnn),
+    "xla": Dense(lambda q: None, _xla),
+}

@@ -1,0 +1,5 @@
+"""Attention kernels over lists of key blocks. Imports jax and numpy only; usable without `lf_jax`."""
+
+from pallas_kernels.block_sparse import BlockMap, Past, block_sparse_attention, check_block_map
+
+__all__ = ["BlockMap", "Past", "block_sparse_attention", "check_block_map"]
