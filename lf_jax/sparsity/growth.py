@@ -26,7 +26,7 @@ class Budget:
 
 
 def chunk_sparsities(
-    lengths: Sequence[int], settings: config.Sparsity, cache: config.Cache = config.Cache(), start: int = 0
+    lengths: Sequence[int], settings: config.Sparsity, cache: config.Cache, start: int = 0
 ) -> tuple[float, ...]:
     """The fraction of key blocks that every chunk leaves out (Light Forcing, equations 6 to 8).
 
@@ -58,13 +58,7 @@ def chunk_sparsities(
     return tuple(max(0.0, base - alpha[f] * beta) if f in alpha else 0.0 for f in frames)
 
 
-def chunk_budgets(
-    lengths: Sequence[int],
-    grid: Grid,
-    settings: config.Sparsity,
-    cache: config.Cache = config.Cache(),
-    start: int = 0,
-) -> Budget:
+def chunk_budgets(lengths: Sequence[int], start: int, grid: Grid, settings: config.Sparsity, cache: config.Cache) -> Budget:
     """The key blocks that a query block may visit, for every chunk: at least 1, at most the K that are visible.
 
     `int((1 - s_i) * K)` under Chunk-Aware Growth. The policies "window" and "full" take all they are made for.
