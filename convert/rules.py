@@ -10,7 +10,8 @@ A rule is a pair of templates:
 `{name:a=x|b=y}`     `a` in the source is `x` in the target
 
 Several rules may lead to one target: other spellings of the same tensor. A source may hold one of them; the first rule
-is the one that export writes. A rule without a target names what a source may hold and the model does not need.
+is the one that export writes. A rule without a target names what a source may hold and the model does not need; together
+with a rule that has a target, it allows a copy: the name counts where it is the only one, and is passed over elsewhere.
 """
 
 import dataclasses
@@ -155,6 +156,7 @@ def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Shape], target_shape
     }
     unknown, missing, doubled, shared, misshaped, unruled = faults.values()
     pieces, taken = [], {}
+    unneeded = [rule for rule in rules if rule.target is None]
     for target, shape in target_shapes.items():
         if not (slots := _slots(rules, target, shape)):
             unruled.append(f"{target} {list(shape)}")
@@ -165,6 +167,8 @@ def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Shape], target_shape
                 missing.append(f"{' or '.join(piece.source for piece in slot)} {list(slot[0].shape)} (for {place})")
                 continue
             if len(present) > 1:
+                present = [p for p in present if all(rule.source_match(p.source) is None for rule in unneeded)] or present[:1]
+            if len(present) > 1:
                 doubled.append(f"{place}: {', '.join(piece.source for piece in present)}")
             for piece in present:
                 if piece.source in taken:
@@ -173,7 +177,6 @@ def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Shape], target_shape
                 if (received := tuple(source_shapes[piece.source])) != piece.shape:
                     misshaped.append(f"{piece.source}: expected {list(piece.shape)}, received {list(received)} (for {place})")
             pieces.append(present[0])
-    unneeded = [rule for rule in rules if rule.target is None]
     for key in source_shapes:
         if key not in taken and all(rule.source_match(key) is None for rule in unneeded):
             unknown.append(f"{key} {list(source_shapes[key])}")
