@@ -96,7 +96,7 @@ class _Compiled:
     names: dict[str, dict[str, str] | None]  # placeholder -> source spelling -> target spelling; None for integers
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compile(rule: Rule) -> _Compiled:
     names: dict[str, dict[str, str] | None] = {}
     for name, choices in _PLACEHOLDER.findall(rule.source):
