@@ -4,7 +4,8 @@ import html
 import importlib.resources
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import SupportsInt
 
 import ftfy
 import numpy as np
@@ -93,6 +94,6 @@ class Tokenizer:
             row[: len(tokens)] = tokens
         return ids, np.array([len(tokens) for tokens in rows], np.int32)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """The text of a row, special tokens left out."""
         return self._pieces.decode([int(i) for i in ids if i not in (PAD, EOS)])
