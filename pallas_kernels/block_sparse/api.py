@@ -137,6 +137,7 @@ def _check(q: Any, k: Any, v: Any, blocks: BlockMap, past: Past | None, frame_to
         require(array.dtype == jnp.int32, f"blocks.{name} must be int32, received {array.dtype}")
     keys = k.shape[1]
     if past is not None:
+        require(past.k.ndim == 5, f"{past.k.shape=} must be [layer, {b}, s, {heads}, {e}] as q is")
         layers, slots = past.k.shape[0], past.k.shape[2]
         require(past.k.shape == past.v.shape, f"{past.k.shape=} and {past.v.shape=} must be equal")
         require(past.k.shape == (layers, b, slots, heads, e), f"{past.k.shape=} must be [layer, {b}, s, {heads}, {e}] as q is")

@@ -22,7 +22,7 @@ def attention(q, k, v, blocks, past, scale, frame_tokens):
         taken = chunk[batch, jnp.clip(index - cached, 0, chunk.shape[1] - 1), :, head]
         if cached:
             cache = old.reshape(old.shape[0], b, cached, size_k, heads, e)
-            from_cache = cache[past.layer, batch, jnp.minimum(index, cached - 1), :, head]
+            from_cache = cache[past.layer, batch, jnp.clip(index, 0, cached - 1), :, head]
             taken = jnp.where((index < cached)[..., None, None], from_cache, taken)
         return taken.reshape(b, heads, width * size_k, e)
 
@@ -33,8 +33,9 @@ def attention(q, k, v, blocks, past, scale, frame_tokens):
         values = gather(v, past and past.v, index)
         mask = jnp.arange(width)[:, None] < count[..., None, None]  # [b, head, width, 1]
         if frame_tokens is not None:
-            in_frame = index % -(-frame_tokens // size_k) * size_k
-            mask &= in_frame[..., None] + jnp.arange(size_k) < frame_tokens
+            frame_blocks = -(-frame_tokens // size_k)
+            token = (index % frame_blocks * size_k)[..., None] + jnp.arange(size_k)
+            mask &= token < frame_tokens
         mask = jnp.broadcast_to(mask, (b, heads, width, size_k)).reshape(b, heads, 1, width * size_k)
         logits = jnp.einsum("bqhe,bhke->bhqk", rows, keys, preferred_element_type=jnp.float32) * scale
         logits = jnp.where(mask, logits, -jnp.inf)
