@@ -32,7 +32,7 @@ def angles(start: Int[Array, ""], frames: int, rows: int, columns: int, head_dim
     return jnp.concatenate(grid, axis=-1).reshape(frames * rows * columns, head_dim // 2)
 
 
-def rotate(x: Float[Array, "*b t head e"], angle: Float[Array, "t half"]) -> Float[Array, "*b t head e"]:
+def rotate(x: Float[Array, "*b t head e"], angle: Float[Array, "#t half"]) -> Float[Array, "*b t head e"]:
     """Turns every pair of `x` by its angle, in float32; the result has the dtype of `x`."""
     cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)

@@ -1,0 +1,361 @@
+"""Generation, chunk by chunk: denoise a chunk while reading the cache, then commit it with one pass more.
+
+    rollout   all chunks as one `lax.scan`: jit it with `config` static, and donate `state` (5.6 GB at full size)
+    stream    the same chunks one at a time, as a generator
+    prefill   commits given latents instead of generated ones: image-to-video, video extension
+
+Everything that a video so far is made of is in `RolloutState`, so a rollout can stop after any chunk, be saved or
+forked, and go on as if it had not stopped. `Config.video.num_frames` is not read here.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lf_jax import cache as kv
+from lf_jax import flow, solvers
+from lf_jax import noise as seeded
+from lf_jax.arrays import Array, Float, Int, Key, Leaf
+from lf_jax.cache import KVCache
+from lf_jax.config import Config, check
+from lf_jax.dit.model import TextCache, WanDiT, forward
+from lf_jax.sparsity import Budget, chunk_budgets
+from lf_jax.tokens import Grid, chunk_lengths
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["cache", "keys", "chunk", "budgets"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class RolloutState:
+    """A video up to now."""
+
+    cache: KVCache  # of twice the batch under classifier-free guidance: conditional first, then unconditional
+    keys: Leaf  # [b] keys of `noise.sample_key`
+    chunk: Leaf  # [] int32: chunks committed
+    budgets: Budget | None  # [chunk] of the planned video, from its first chunk on; None where attention is dense
+
+
+def initial_state(config: Config, batch: int, frames: int, keys: Key[Array, " b"]) -> RolloutState:
+    """The state before the first chunk.
+
+    Args:
+        batch: videos made together.
+        frames: latent frames that the whole video is planned to have, prefilled ones included. Chunk-Aware Growth
+            spreads the sparsity over this plan, so a video continued from a state follows the plan of that state.
+        keys: one a video.
+
+    Raises:
+        ValueError: if `frames` does not split into chunks, or `keys` are not `batch`.
+    """
+    settings, grid = config.rollout, Grid.of(config)
+    check(keys.shape == (batch,), f"keys has shape {keys.shape}, expected {(batch,)}")
+    lengths = chunk_lengths(frames, settings.chunk_frames, settings.independent_first_frame)
+    sparse = not config.sparsity.dense
+    budgets = chunk_budgets(lengths, 0, grid, config.sparsity, config.cache) if sparse else None
+    return RolloutState(
+        cache=kv.empty(config.model, grid, config.cache, sparse, batch * branches(config), frames),
+        keys=keys,
+        chunk=jnp.zeros((), jnp.int32),
+        budgets=None if budgets is None else dataclasses.replace(budgets, blocks=jnp.asarray(budgets.blocks)),
+    )
+
+
+def branches(config: Config) -> int:
+    """Copies of the batch that the network runs on: 2 under classifier-free guidance."""
+    return 1 if config.rollout.guidance_scale == 1.0 else 2
+
+
+def draws(config: Config) -> int:
+    """Fresh noises a chunk uses after its starting noise: one between two steps, and one for a noisy context."""
+    schedule = solvers.schedule(config.rollout)
+    return (schedule.steps - 1 if schedule.stochastic else 0) + config.rollout.context_noise
+
+
+def fork(state: RolloutState) -> RolloutState:
+    """A copy that lives on where the original is donated: `stream` and a donating `rollout` consume their state."""
+    return jax.tree.map(jnp.copy, state)
+
+
+def rollout(
+    model: WanDiT,
+    text: TextCache,
+    noise: Float[Array, "b f h w c"],
+    state: RolloutState,
+    config: Config,
+    step_noise: Float[Array, "draws b f h w c"] | None = None,
+) -> tuple[Float[Array, "b f h w c"], RolloutState]:
+    """Generates the next `f` latent frames (Self-Forcing's inference loop; Light Forcing, section 3).
+
+    Args:
+        text: of the prompts; under guidance of the prompts and then of as many negative prompts, batch 2 b.
+        noise: starting noise, for example of `noise.video_noise`; `f` frames are whole chunks.
+        step_noise: fresh noise for each of `draws(config)` uses; None draws it from `state.keys`.
+
+    Returns:
+        Clean latents, normalised, float32, and the state after them.
+
+    Raises:
+        ValueError: if `f` is not made of whole chunks, batches disagree, or the frames exceed what `state` was made
+            for. Where that can only be known while running, because `state` is traced, the latents are NaN instead.
+    """
+    lengths, fits = _admit(text, noise.shape[1], state, config)
+    _check_batch(text, noise.shape[0], state, config)
+    if step_noise is not None:
+        wanted = (draws(config), *noise.shape)
+        check(step_noise.shape == wanted, f"step_noise has shape {step_noise.shape}, expected {wanted}")
+
+    def chunk(carry: tuple[KVCache, Array], inputs: tuple[Array, Array | None]) -> tuple[tuple[KVCache, Array], Array]:
+        cache, index = carry
+        latents, cache = next_chunk(
+            model, text, inputs[0], cache, state.keys, index, _budget(state, index), config, inputs[0].shape[1], inputs[1]
+        )
+        return (cache, index + 1), latents
+
+    latents, (cache, index) = _over_chunks(chunk, (state.cache, state.chunk), lengths, noise, step_noise)
+    latents = jnp.where(fits, latents, jnp.nan)
+    return latents, dataclasses.replace(state, cache=cache, chunk=index)
+
+
+def prefill(
+    model: WanDiT, text: TextCache, latents: Float[Array, "b f h w c"], state: RolloutState, config: Config
+) -> RolloutState:
+    """Commits clean latents as if they had been generated: the first image, or a video to extend.
+
+    They are cached at timestep 0, whatever the context of generated chunks is cached at (Self-Forcing). The frames must
+    be whole chunks: one image needs `independent_first_frame`.
+
+    Raises:
+        ValueError: as `rollout`.
+    """
+    lengths, fits = _admit(text, latents.shape[1], state, config)
+    _check_batch(text, latents.shape[0], state, config)
+
+    def chunk(carry: tuple[KVCache, Array], inputs: tuple[Array, None]) -> tuple[tuple[KVCache, Array], Array]:
+        cache, index = carry
+        cache = commit_chunk(model, text, inputs[0], cache, _budget(state, index), config, timestep=0.0)
+        return (cache, index + 1), inputs[0]
+
+    latents = jnp.where(fits, latents, jnp.nan)
+    _, (cache, index) = _over_chunks(chunk, (state.cache, state.chunk), lengths, latents, None)
+    return dataclasses.replace(state, cache=cache, chunk=index)
+
+
+def stream(
+    model: WanDiT,
+    text: TextCache,
+    noise: Float[Array, "b f h w c"] | None,
+    state: RolloutState,
+    config: Config,
+    frames: int,
+    step_noise: Float[Array, "draws b f h w c"] | None = None,
+) -> Iterator[tuple[Float[Array, "b chunk_frames h w c"], RolloutState]]:
+    """Generates the next `frames` latent frames, and yields each chunk as soon as it is dispatched.
+
+    Each state is consumed when the next chunk is asked for: `fork` it to keep it. One compiled step (`compiled_chunk`)
+    serves every chunk, and with a window every length. The arguments are as in `rollout`; `noise` None draws it
+    from `state.keys`.
+
+    Yields:
+        The chunk's latents, float32, and the state after it.
+
+    Raises:
+        ValueError: as `rollout`, before the first chunk.
+    """
+    lengths, _ = _admit(text, frames, state, config)
+    _check_batch(text, state.keys.shape[0], state, config)
+    for name, given in (("noise", noise), ("step_noise", step_noise)):
+        check(given is None or given.shape[-4] == frames, f"{name} has another number of frames than {frames=}")
+    return _stream(model, text, noise, state, config, lengths, step_noise)
+
+
+def _stream(model, text, noise, state, config, lengths, step_noise):
+    # The length of the video and its other prompt are no part of the compiled step.
+    config = dataclasses.replace(config, video=dataclasses.replace(config.video, num_frames=1, negative_prompt=""))
+    first, at = int(state.chunk), 0
+    blocks = None if state.budgets is None else np.asarray(state.budgets.blocks)
+    for index, length in enumerate(lengths, start=first):
+        here = slice(at, at + length)
+        latents, cache = compiled_chunk(
+            model,
+            text,
+            None if noise is None else noise[:, here],
+            state.cache,
+            state.keys,
+            np.int32(index),
+            None if blocks is None else dataclasses.replace(state.budgets, blocks=blocks[index]),
+            config,
+            length,
+            None if step_noise is None else step_noise[:, :, here],
+        )
+        at += length
+        state = dataclasses.replace(state, cache=cache, chunk=jnp.asarray(index + 1, jnp.int32))
+        yield latents, state
+
+
+def next_chunk(
+    model: WanDiT,
+    text: TextCache,
+    noise: Float[Array, "b f h w c"] | None,
+    cache: KVCache,
+    keys: Key[Array, " b"],
+    chunk: Int[Array, ""],
+    budget: Budget | None,
+    config: Config,
+    frames: int,
+    step_noise: Float[Array, "draws b f h w c"] | None = None,
+) -> tuple[Float[Array, "b f h w c"], KVCache]:
+    """One chunk of `frames` frames, generated and committed.
+
+    Training rollouts cache a slightly noisy chunk (`context_noise`): at `context_timestep` 0 the original's look-up of
+    the noise level finds the lowest one of its grid, 0.005 at shift 5, and so does this one.
+    """
+    settings = config.rollout
+    shape = (frames, *_frame_shape(config))
+    if noise is None:
+        noise = seeded.chunk_noise(keys, chunk, shape)
+    latents = denoise_chunk(model, text, noise, cache, keys, chunk, budget, config, step_noise)
+    context = latents
+    if settings.context_noise:
+        fresh = seeded.step_noise(keys, chunk, draws(config) - 1, shape) if step_noise is None else step_noise[-1]
+        context = flow.add_noise(latents, fresh, flow.nearest_sigma(jnp.float32(settings.context_timestep), settings.shift))
+    return latents, commit_chunk(model, text, context, cache, budget, config, settings.context_timestep)
+
+
+compiled_chunk = jax.jit(next_chunk, static_argnames=("config", "frames"), donate_argnames="cache")
+
+
+def denoise_chunk(
+    model: WanDiT,
+    text: TextCache,
+    noise: Float[Array, "b f h w c"],
+    cache: KVCache,
+    keys: Key[Array, " b"],
+    chunk: Int[Array, ""],
+    budget: Budget | None,
+    config: Config,
+    step_noise: Float[Array, "draws b f h w c"] | None = None,
+) -> Float[Array, "b f h w c"]:
+    """All steps of one chunk as one scan; reads the cache. Latents stay float32 from step to step."""
+    schedule = solvers.schedule(config.rollout)
+    given = None
+    if schedule.stochastic and step_noise is not None:  # after the last step nothing is added, so its noise is of no account
+        between = step_noise[: schedule.steps - 1].astype(jnp.float32)
+        given = jnp.concatenate([between, jnp.zeros((1, *noise.shape), jnp.float32)])
+
+    def step(carry: tuple[Array, solvers.Memory], inputs) -> tuple[tuple[Array, solvers.Memory], None]:
+        (x, memory), (at, number, fresh) = carry, inputs
+        if schedule.stochastic and fresh is None:
+            fresh = seeded.step_noise(keys, chunk, number, x.shape[1:])
+        velocity = guided_velocity(model, text, x, at.timestep, cache, budget, config)
+        return solvers.step(at, x, velocity, memory, fresh), None
+
+    x = noise.astype(jnp.float32)
+    steps = (schedule, jnp.arange(schedule.steps), given)
+    (x, _), _ = jax.lax.scan(step, (x, solvers.forget(x)), steps)
+    return x
+
+
+def guided_velocity(
+    model: WanDiT,
+    text: TextCache,
+    x: Float[Array, "b f h w c"],
+    timestep: Float[Array, ""],
+    cache: KVCache,
+    budget: Budget | None,
+    config: Config,
+) -> Float[Array, "b f h w c"]:
+    """The network's velocity; under guidance scale g it is u + g (c - u) of both halves of a doubled batch."""
+    both = jnp.tile(x, (branches(config), 1, 1, 1, 1))
+    times = jnp.broadcast_to(timestep, both.shape[:2])
+    velocity, _ = forward(model, both, times, text, cache, budget, Grid.of(config), config.sparsity)
+    if branches(config) == 1:
+        return velocity
+    conditional, unconditional = jnp.split(velocity, 2)
+    return unconditional + config.rollout.guidance_scale * (conditional - unconditional)
+
+
+def commit_chunk(
+    model: WanDiT,
+    text: TextCache,
+    latents: Float[Array, "b f h w c"],
+    cache: KVCache,
+    budget: Budget | None,
+    config: Config,
+    timestep: float,
+) -> KVCache:
+    """The pass whose only purpose is the keys and values of a finished chunk."""
+    both = jnp.tile(latents.astype(jnp.float32), (branches(config), 1, 1, 1, 1))
+    times = jnp.full(both.shape[:2], timestep, jnp.float32)
+    _, new = forward(model, both, times, text, cache, budget, Grid.of(config), config.sparsity)
+    return kv.append(cache, new, latents.shape[1], config.rollout.chunk_frames)
+
+
+def _over_chunks(chunk, carry, lengths: tuple[int, ...], frames: Array, step_noise: Array | None):
+    """Runs `chunk` over `frames` [b, f, ...] cut into `lengths`: a scan, after a first chunk of another length."""
+    done = lengths[0] if lengths[0] != lengths[-1] else 0
+    results = []
+    if done:
+        carry, result = chunk(carry, (frames[:, :done], None if step_noise is None else step_noise[:, :, :done]))
+        results.append(result)
+    inputs = (
+        _stack(frames[:, done:], lengths[-1], axis=1),
+        None if step_noise is None else _stack(step_noise[:, :, done:], lengths[-1], axis=2),
+    )
+    carry, stacked = jax.lax.scan(chunk, carry, inputs)
+    merged = jnp.moveaxis(stacked, 0, 1)
+    results.append(merged.reshape(merged.shape[0], -1, *merged.shape[3:]))
+    return jnp.concatenate(results, axis=1), carry
+
+
+def _stack(frames: Array, length: int, axis: int) -> Array:
+    """Cuts the frame axis into chunks and brings the chunks to the front."""
+    cut = frames.reshape(*frames.shape[:axis], -1, length, *frames.shape[axis + 1 :])
+    return jnp.moveaxis(cut, axis, 0)
+
+
+def _frame_shape(config: Config) -> tuple[int, int, int]:
+    grid, (_, down, across) = Grid.of(config), config.model.patch
+    return grid.rows * down, grid.columns * across, config.model.channels
+
+
+def _budget(state: RolloutState, chunk: Int[Array, ""]) -> Budget | None:
+    if state.budgets is None:
+        return None
+    return dataclasses.replace(state.budgets, blocks=state.budgets.blocks[chunk])
+
+
+def _admit(text: TextCache, frames: int, state: RolloutState, config: Config) -> tuple[tuple[int, ...], Array | bool]:
+    """The chunks that `frames` more frames split into, and whether the state has room for them.
+
+    A cache without a window would overwrite its first frames, and a plan that has run out has no budgets left.
+    """
+    settings, cache = config.rollout, state.cache
+    traced = isinstance(state.chunk, jax.core.Tracer)
+    longer = settings.independent_first_frame and settings.chunk_frames > 1  # a first chunk of one frame can be told apart
+    starts = longer and (frames % settings.chunk_frames == 1 if traced else int(state.chunk) == 0)
+    lengths = chunk_lengths(frames, settings.chunk_frames, starts)
+    planned = None if state.budgets is None else state.budgets.blocks.shape[0]
+    end, chunk = (0, 0) if traced else (int(cache.end), int(state.chunk))
+    if config.cache.window is None:
+        check(end + frames <= cache.frames, f"{frames=} after {end} exceed the {cache.frames} frames that the cache holds")
+    check(
+        planned is None or chunk + len(lengths) <= planned, f"{frames=} after chunk {chunk} exceed the plan of {planned} chunks"
+    )
+    if not traced:
+        return lengths, True
+    fits = jnp.bool_(config.cache.window is not None) | (cache.end + frames <= cache.frames)
+    fits &= jnp.bool_(planned is None) | (state.chunk + len(lengths) <= (planned or 0))
+    return lengths, fits & (jnp.bool_(not longer) | ((state.chunk == 0) == starts))
+
+
+def _check_batch(text: TextCache, batch: int, state: RolloutState, config: Config) -> None:
+    wanted = batch * branches(config)
+    for name, size in (("text", text.k.shape[1]), ("state.cache", state.cache.k.shape[1])):
+        check(
+            size == wanted,
+            f"{name} has batch {size}, expected {wanted}: {batch} videos, {branches(config)} network passes each",
+        )
+    check(state.keys.shape == (batch,), f"state.keys has shape {state.keys.shape}, expected {(batch,)}")
