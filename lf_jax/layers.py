@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lf_jax.arrays import Array, Float
@@ -30,7 +31,8 @@ def layer_norm(x: Float[Array, "*n d"], eps: float) -> Float[Array, "*n d"]:
 def sinusoid(position: Float[Array, "*n"], features: int) -> Float[Array, "*n {features}"]:
     """Cosines, then sines, of `position * 10000 ** (-i / half)`; float32. `position` is a timestep in 0..1000."""
     half = features // 2
-    angle = position.astype(jnp.float32)[..., None] * 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    rate = 10000.0 ** (-np.arange(half) / half)  # float64, rounded once: a timestep of 1000 magnifies its error
+    angle = position.astype(jnp.float32)[..., None] * rate.astype(np.float32)
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
