@@ -16,7 +16,7 @@ def describe(shapes: Mapping[str, Shape], settings: Mapping[str, Any] | None = N
 
     Args:
         shapes: of every tensor, by its name in the checkpoint.
-        settings: nothing of it is needed; these files come without one.
+        settings: not read: the config.json beside such a file is the transformer's.
 
     Raises:
         ValueError: if the tensors that tell the dimensions are missing or contradict each other.
