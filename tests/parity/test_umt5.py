@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import rules
+from convert import convert, rules
 from convert.families import hf_umt5, umt5
 from lf_jax import checkpoint, config, text
 from lf_jax.text.umt5 import position_buckets
@@ -30,23 +30,13 @@ def original():
     return model
 
 
-def convert(family, tensors, settings):
-    part = family.describe({name: tuple(tensor.shape) for name, tensor in tensors.items()}, settings)
-    part = config.Text(**{**vars(part), "dtype": "float32", "length": LENGTH})
-    shapes = checkpoint.shapes(part)
-    pieces = rules.plan(family.rules(part), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes)
-    arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    for piece in pieces:
-        arrays[piece.target][... if piece.layer is None else piece.layer] = piece.transform.forward(
-            tensors[piece.source].numpy()
-        )
-    return part, checkpoint.build(checkpoint.abstract(part), {name: jnp.asarray(array) for name, array in arrays.items()})
-
-
-def test_equals_transformers(original):
-    part, model = convert(hf_umt5, original.state_dict(), original.config.to_dict())
-    assert (part.max_distance, part.eps, part.buckets, part.layers) == (40, 1e-5, 16, 3)
-    ids, lengths = text.Tokenizer(text.tiny_model(), length=LENGTH)(PROMPTS)
+def test_equals_transformers(original, tmp_path):
+    original.save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "text_encoder" / "spiece.model").write_bytes(text.tiny_model())
+    convert("hf_umt5", tmp_path / "text_encoder", tmp_path / "converted")
+    part, model = checkpoint.load_component(tmp_path / "converted", "text")
+    assert (part.max_distance, part.eps, part.buckets, part.layers, part.dtype) == (40, 1e-5, 16, 3, "float32")
+    ids, lengths = text.Tokenizer(tmp_path / "converted" / "text" / "spiece.model", length=LENGTH)(PROMPTS)
     assert lengths[1] == 1 and lengths[3] == LENGTH
     live = np.arange(LENGTH) < lengths[:, None]
     with torch.no_grad():
@@ -82,14 +72,18 @@ def original_names(state, layers):
     return renamed
 
 
-def test_every_naming_gives_the_same_model(original):
+def test_every_naming_gives_the_same_model(original, tmp_path):
     state = original.state_dict()
     assert {"shared.weight", "encoder.embed_tokens.weight"} <= set(state)
     without = [{name: tensor for name, tensor in state.items() if name != left} for left in hf_umt5.EMBEDDINGS]
-    wanted = jax.tree.leaves(convert(hf_umt5, state, SETTINGS)[1])
-    for family, tensors in [(hf_umt5, without[0]), (hf_umt5, without[1]), (umt5, original_names(state, 3))]:
-        received = jax.tree.leaves(convert(family, tensors, SETTINGS)[1])
-        assert all(np.array_equal(a, b) for a, b in zip(wanted, received, strict=True))
+    sources = [("hf_umt5", state), ("hf_umt5", without[0]), ("hf_umt5", without[1]), ("umt5", original_names(state, 3))]
+    received = []
+    for i, (family, tensors) in enumerate(sources):
+        torch.save(tensors, tmp_path / f"{i}.pth")
+        convert(family, tmp_path / f"{i}.pth", tmp_path / str(i))
+        received.append(jax.tree.leaves(checkpoint.load_component(tmp_path / str(i), "text")[1]))
+    for leaves in received[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(received[0], leaves, strict=True))
 
 
 def full_size():
