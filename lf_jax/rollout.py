@@ -74,8 +74,11 @@ def draws(config: Config) -> int:
     return (schedule.steps - 1 if schedule.stochastic else 0) + config.rollout.context_noise
 
 
-def fork(state: RolloutState) -> RolloutState:
-    """A copy that lives on where the original is donated: `stream` and a donating `rollout` consume their state."""
+def fork(state: Leaf) -> Leaf:
+    """A copy that lives on where the original is donated: `stream` and a donating `rollout` consume their state.
+
+    Takes any pytree: a `RolloutState`, or what holds one.
+    """
     return jax.tree.map(jnp.copy, state)
 
 
