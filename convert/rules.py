@@ -85,7 +85,7 @@ class Rule:
                 values[name] = next(ours for ours, theirs in choices.items() if theirs == values[name])
         return values
 
-    def source_key(self, values: Mapping[str, str | int]) -> str:
+    def source_key(self, values: Mapping[str, str | int | None]) -> str:
         return _PLACEHOLDER.sub(lambda found: str(values[found[1]]), self.source)
 
 
@@ -156,7 +156,6 @@ def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Shape], target_shape
     }
     unknown, missing, doubled, shared, misshaped, unruled = faults.values()
     pieces, taken = [], {}
-    unneeded = [rule for rule in rules if rule.target is None]
     for target, shape in target_shapes.items():
         if not (slots := _slots(rules, target, shape)):
             unruled.append(f"{target} {list(shape)}")
@@ -167,7 +166,7 @@ def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Shape], target_shape
                 missing.append(f"{' or '.join(piece.source for piece in slot)} {list(slot[0].shape)} (for {place})")
                 continue
             if len(present) > 1:
-                present = [p for p in present if all(rule.source_match(p.source) is None for rule in unneeded)] or present[:1]
+                present = [piece for piece in present if not _unneeded(rules, piece.source)] or present
             if len(present) > 1:
                 doubled.append(f"{place}: {', '.join(piece.source for piece in present)}")
             for piece in present:
@@ -178,11 +177,15 @@ def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Shape], target_shape
                     misshaped.append(f"{piece.source}: expected {list(piece.shape)}, received {list(received)} (for {place})")
             pieces.append(present[0])
     for key in source_shapes:
-        if key not in taken and all(rule.source_match(key) is None for rule in unneeded):
+        if key not in taken and not _unneeded(rules, key):
             unknown.append(f"{key} {list(source_shapes[key])}")
     if any(faults.values()):
         raise ConversionError("the source does not fit the model:", faults)
     return pieces
+
+
+def _unneeded(rules: tuple[Rule, ...], key: str) -> bool:
+    return any(rule.target is None and rule.source_match(key) is not None for rule in rules)
 
 
 def pieces_of(rules: Iterable[Rule], target_shapes: Mapping[str, Shape]) -> list[Piece]:
