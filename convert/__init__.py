@@ -1,1 +1,8 @@
-"""PyTorch checkpoints to and from lf_jax. The only place that may import torch (in `reader`)."""
+"""PyTorch checkpoints into converted folders and back. The only package that may import torch, and only for its own files."""
+
+from convert.conversion import convert
+from convert.exporting import export
+from convert.families import FAMILIES
+from convert.rules import ConversionError
+
+__all__ = ["FAMILIES", "ConversionError", "convert", "export"]

@@ -4,9 +4,11 @@ A component's config.json holds its own part of `Config`; DIR/config.json holds 
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,8 +34,14 @@ Part = Model | Vae | Text
 
 def abstract(part: Part) -> nnx.Module:
     """The module of a component with shapes in place of arrays: no memory, no random numbers."""
+    leaves, tree = _skeleton(part)
+    return jax.tree_util.tree_unflatten(tree, leaves)
+
+
+@functools.lru_cache(maxsize=8)  # tracing the large constructors takes a second, and a conversion asks several times
+def _skeleton(part: Part) -> tuple[list[jax.ShapeDtypeStruct], Any]:
     constructor = WanDiT if isinstance(part, Model) else vae.build if isinstance(part, Vae) else UMT5
-    return jax.eval_shape(lambda: constructor(part, rngs=nnx.Rngs(0)))
+    return jax.tree_util.tree_flatten(jax.eval_shape(lambda: constructor(part, rngs=nnx.Rngs(0))))
 
 
 def flatten(module: Any) -> dict[str, Any]:
@@ -114,7 +122,8 @@ def load_component(
     module, place = abstract(part), pathlib.Path(folder) / name
     wanted = flatten(module)
     if (place / ORBAX).is_dir():
-        return part, build(module, _load_orbax(place / ORBAX, wanted, sharding))
+        dtypes = {key: leaf.dtype for key, leaf in wanted.items()}
+        return part, build(module, _load_orbax(place / ORBAX, wanted, dtypes, sharding))
     file = tensorfile.TensorFile(place / TENSORS)
     _compare(place / TENSORS, {key: entry.shape for key, entry in file.entries.items()}, wanted)
     arrays = {}
@@ -123,15 +132,35 @@ def load_component(
     return part, build(module, arrays)
 
 
-def _load_orbax(place: pathlib.Path, wanted: Mapping[str, Any], sharding: Any) -> dict[str, Array]:
+def _load_orbax(
+    place: pathlib.Path, wanted: Mapping[str, Any], dtypes: Mapping[str, np.dtype], sharding: Any
+) -> dict[str, Array]:
+    """`wanted` from an Orbax checkpoint, in `dtypes`; what `dtypes` does not name keeps its own."""
     import orbax.checkpoint
 
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         found = checkpointer.metadata(place.absolute()).item_metadata.tree
         _compare(place, {key: tuple(leaf.shape) for key, leaf in found.items()}, wanted)
-        like = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for key, leaf in wanted.items()}
+        like = {
+            key: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(key, leaf.dtype), sharding=sharding) for key, leaf in found.items()
+        }
         return checkpointer.restore(place.absolute(), like)
+
+
+def stored(folder: str | os.PathLike, name: str) -> dict[str, np.ndarray]:
+    """The arrays of a component as they are stored, by dotted path: views of the file, or all in memory from Orbax.
+
+    Raises:
+        ValueError: as `load_component`.
+    """
+    part, place = load_part(folder, name), pathlib.Path(folder) / name
+    wanted = flatten(abstract(part))
+    if (place / ORBAX).is_dir():
+        return {key: np.asarray(array) for key, array in _load_orbax(place / ORBAX, wanted, {}, None).items()}
+    file = tensorfile.TensorFile(place / TENSORS)
+    _compare(place / TENSORS, {key: entry.shape for key, entry in file.entries.items()}, wanted)
+    return {key: file.view(key) for key in wanted}
 
 
 def _compare(place: pathlib.Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Any]) -> None:
@@ -184,9 +213,17 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _decode(kind: type, fields: Mapping[str, Any], path: pathlib.Path) -> Any:
-    known = {field.name for field in dataclasses.fields(kind)}
-    check(set(fields) <= known, f"{path}: {kind.__name__} has no fields {', '.join(sorted(set(fields) - known))}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    hints = typing.get_type_hints(kind)
+    check(set(fields) <= set(hints), f"{path}: {kind.__name__} has no fields {', '.join(sorted(set(fields) - set(hints)))}")
+    return kind(**{key: _value(hints[key], value) for key, value in fields.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    """A value from JSON, which knows no tuples and writes a float that was given as an integer as one."""
+    if isinstance(value, list):
+        return tuple(_value(typing.get_args(hint)[0], item) for item in value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and float in (hint, *typing.get_args(hint)) else value
 
 
 def save_settings(folder: str | os.PathLike, settings: Config) -> None:
