@@ -1,1 +1,1 @@
-"""Presets: Python files that each end in `CONFIG = Config(...)`. `lf-jax` finds them by file name; copies in any folder work as well."""
+"""Presets: files that each end in `CONFIG = Config(...)`, found by name. A copy in any folder works as well, by its path."""

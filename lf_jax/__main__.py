@@ -1,0 +1,7 @@
+"""`python -m lf_jax` is `lf-jax`."""
+
+import sys
+
+from lf_jax.cli import main
+
+sys.exit(main())

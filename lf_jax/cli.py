@@ -1,0 +1,156 @@
+"""`lf-jax COMMAND ...`: argv to a command and its config, errors to one line.
+
+Every setting has a default from a preset, a Python file or a converted folder (`--config`, `--model`), and any field of
+it can be given on the command line: `--rollout.shift 8 --cache.window 12`.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import tyro
+
+from lf_jax.commands.console import note
+from lf_jax.config import Config
+
+COMMANDS = {  # imported when called for, so that help and errors come at once
+    "sample": ("lf_jax.commands.sample", "Sample"),
+    "stream": ("lf_jax.commands.stream", "Stream"),
+    "encode": ("lf_jax.commands.encode", "Encode"),
+    "convert": ("lf_jax.commands.checkpoints", "Convert"),
+    "export": ("lf_jax.commands.checkpoints", "Export"),
+    "parity": ("lf_jax.commands.parity", "Parity"),
+    "plan": ("lf_jax.commands.plan", "Plan"),
+    "doctor": ("lf_jax.commands.doctor", "Doctor"),
+}
+BAD_INPUT, INTERRUPTED = 2, 130
+
+_rules = tyro.constructors.ConstructorRegistry()
+
+
+@_rules.primitive_rule
+def _policy(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """`sparsity.policy` is a name on the command line, and may be a function in Python."""
+    if info.type != str | Callable:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: isinstance(value, str) or callable(value),
+        str_from_instance=lambda value: [value if isinstance(value, str) else value.__name__],
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for bad input, 130 if interrupted.
+
+    A wrong value, file or folder ends in one line that names it. `--traceback` shows where it was found.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    name, *words = words
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}; the commands are {', '.join(COMMANDS)}")
+    try:
+        with _terminate_as_interrupt():
+            return parse(name, words).run() or 0
+    except KeyboardInterrupt:
+        note(f"lf-jax {name}: interrupted")
+        return INTERRUPTED
+    except (ValueError, NotImplementedError, OSError) as error:
+        if traceback:
+            raise
+        return _fail(f"lf-jax {name}: error: {describe(error)}")
+    except SystemExit as stop:  # of the parser: 0 after --help, 2 after a wrong option
+        return stop.code or 0
+
+
+def parse(name: str, words: Sequence[str]):
+    """The command `name` with its options from `words`; the config they start from is read first.
+
+    Raises:
+        ValueError: if `--config` or `--model` names nothing that can be read.
+        SystemExit: after `--help`, and after options that do not parse.
+    """
+    command = load_command(name)
+    defaults = {f.name: tyro.MISSING for f in dataclasses.fields(command) if _required(f)}
+    if "settings" in {f.name for f in dataclasses.fields(command)}:
+        base = _base_config(_option(words, "--config"), _option(words, "--model"))
+        defaults["settings"] = command.settings if base is None else base
+    return tyro.cli(command, args=list(words), prog=f"lf-jax {name}", default=command(**defaults), registry=_rules)
+
+
+def overview() -> str:
+    """What `lf-jax --help` prints."""
+    lines = ["usage: lf-jax COMMAND [OPTIONS]    (lf-jax COMMAND --help explains a command)", ""]
+    for name in COMMANDS:
+        lines.append(f"  {name:<8} {load_command(name).__doc__.splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def load_command(name: str) -> type:
+    module, attribute = COMMANDS[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def describe(error: BaseException) -> str:
+    """An error as a user should read it: for files, the name and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _base_config(config: str | None, model: str | None) -> Config | None:
+    """The config before overrides: the parts that a model fixes are the model's, the rest is `--config`'s or the model's."""
+    from lf_jax import loading, presets
+
+    chosen = None if config is None else presets.load(config)
+    if model is None:
+        return chosen
+    return loading.config_of(model, chosen)
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _option(words: Sequence[str], name: str) -> str | None:
+    """The value of an option before the parser proper runs, in both of its spellings; the last one counts."""
+    found = None
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word == name and following is not None:
+            found = following
+        elif word.startswith(f"{name}="):
+            found = word.partition("=")[2]
+    return found
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """A terminated command cleans up as an interrupted one does."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # only the main thread may set handlers
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fail(message: str) -> int:
+    note(message)
+    return BAD_INPUT

@@ -1,0 +1,110 @@
+"""Where models come from: a converted folder, or random weights of a preset. Components are loaded when asked for."""
+
+import dataclasses
+import os
+import pathlib
+
+import jax
+from flax import nnx
+
+from lf_jax import checkpoint, presets, vae
+from lf_jax.checkpoint import component
+from lf_jax.config import Config, Model, Text, Vae, check
+from lf_jax.dit import WanDiT
+from lf_jax.text import UMT5, Tokenizer, fingerprint, tiny_model
+
+SPIECE = "spiece.model"  # the tokenizer, beside the text encoder it belongs to
+COMPONENT_PARTS = {"dit": "model", "vae": "vae", "text": "text"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model that can be loaded component by component.
+
+    Attributes:
+        folder: converted weights; None for random ones.
+        seed: of random weights.
+    """
+
+    config: Config
+    folder: pathlib.Path | None
+    seed: int = 0
+
+    def dit(self) -> WanDiT:
+        return self._load("dit")
+
+    def vae(self) -> vae.Vae:
+        return self._load("vae")
+
+    def text(self) -> tuple[UMT5, Tokenizer]:
+        """The text encoder and its tokenizer. Random weights read prompts with the tiny preset's 512 pieces."""
+        part = self.config.text
+        spiece = tiny_model() if self.folder is None else self.folder / "text" / SPIECE
+        tokenizer = Tokenizer(spiece, length=part.length, vocab=part.vocab)  # first: cheap, and may be what is missing
+        return self._load("text"), tokenizer
+
+    def fingerprint(self, encoder: UMT5 | None = None, tokenizer: Tokenizer | None = None) -> str | None:
+        """What embedding files are marked with. None where it would take loading an encoder that is not given."""
+        place = None if self.folder is None else self.folder / "text"
+        if place is not None and (place / component.TENSORS).is_file():
+            return fingerprint(self.config.text, (place / SPIECE).read_bytes(), place / component.TENSORS)
+        return None if encoder is None else fingerprint(self.config.text, tokenizer.model, checkpoint.flatten(encoder))
+
+    def _load(self, name: str) -> nnx.Module:
+        part = getattr(self.config, COMPONENT_PARTS[name])
+        if self.folder is None:
+            return random_module(part, self.seed)
+        return checkpoint.load_component(self.folder, name, dtype=part.dtype)[1]
+
+
+def find(source: str | os.PathLike, settings: Config | None = None, seed: int = 0) -> Source:
+    """The source of a converted folder or a preset; a preset's name means the preset, `./name` a folder of that name.
+
+    Args:
+        settings: in place of the source's own config. Of the models themselves only the dtype may differ.
+
+    Raises:
+        ValueError: if there is no such folder or preset, or `settings` describe other models than the folder holds.
+    """
+    own = config_of(source)
+    if presets.is_name(source):
+        return Source(own if settings is None else settings, None, seed)
+    for part in COMPONENT_PARTS.values():
+        ours, theirs = (getattr(c, part) for c in (settings or own, own))
+        differing = [
+            f"{part}.{f.name}={getattr(ours, f.name)!r} but {source} was converted with {getattr(theirs, f.name)!r}"
+            for f in dataclasses.fields(ours)
+            if f.name != "dtype" and getattr(ours, f.name) != getattr(theirs, f.name)
+        ]
+        check(not differing, "; ".join(differing))
+    return Source(settings or own, pathlib.Path(source))
+
+
+def config_of(source: str | os.PathLike, chosen: Config | None = None) -> Config:
+    """The config of a converted folder or a preset. With `chosen`, its models with the other settings of `chosen`.
+
+    Raises:
+        ValueError: if there is no such folder or preset.
+    """
+    if presets.is_name(source):
+        own = presets.load(source)
+    else:
+        path = pathlib.Path(source)
+        check(
+            path.exists(),
+            f"model {str(source)!r} is neither a folder nor a preset; the presets are {', '.join(presets.names())}",
+        )
+        check(path.is_dir(), f"model {path} is a file; `lf-jax convert` makes a folder of a checkpoint file")
+        own = checkpoint.load_config(path)
+    if chosen is None:
+        return own
+    return dataclasses.replace(chosen, **{part: getattr(own, part) for part in COMPONENT_PARTS.values()})
+
+
+def random_module(part: Model | Vae | Text, seed: int) -> nnx.Module:
+    """A component with random weights, drawn on the device by one program."""
+    constructor, key = {Model: WanDiT, Vae: vae.build, Text: UMT5}[type(part)], jax.random.key(seed)
+    # The program is long and runs once: on a CPU optimising it takes several times as long as running it as it is.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    draw = jax.jit(lambda key: constructor(part, rngs=nnx.Rngs(key))).lower(key)
+    return draw.compile(compiler_options=quick if jax.default_backend() == "cpu" else None)(key)
