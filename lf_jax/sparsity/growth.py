@@ -28,7 +28,7 @@ class Budget:
 def chunk_sparsities(
     lengths: Sequence[int], settings: config.Sparsity, cache: config.Cache, start: int = 0
 ) -> tuple[float, ...]:
-    """The fraction of key blocks that every chunk leaves out (Light Forcing, equations 6 to 8).
+    """The fraction of key blocks that every chunk leaves out (Light Forcing, section 3.2).
 
     Over the chunks i that have a past, with f_i frames up to and including chunk i, kv_i = min(f_i, window) and
     alpha_i = 1/sqrt(f_i), the noise level that generation has reached:
