@@ -6,13 +6,14 @@ text -> its keys and values -> noise -> rollout, chunk by chunk -> pixels, chunk
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lf_jax import cache as kv
 from lf_jax import loading, presets, vae
 from lf_jax.arrays import Array, Float, Leaf, UInt8
 from lf_jax.config import Config, check
@@ -22,6 +23,7 @@ from lf_jax.noise import sample_key
 from lf_jax.rollout import RolloutState, branches, initial_state, prefill
 from lf_jax.rollout import stream as generated
 from lf_jax.text import Embeddings, clean, encode
+from lf_jax.tokens import Grid
 from lf_jax.video import to_uint8
 
 DECODED_FRAMES = 3  # latent frames that are decoded at a time, so that memory does not grow with a chunk
@@ -109,6 +111,7 @@ class Pipeline:
             left = frames - (0 if given is None else given.shape[1])
         else:
             check(given is None, "state holds the beginning of its video: expected no initial image, video or latents")
+            check_state(state, config, len(prompts))
             left = frames - int(state.rollout.cache.end)
             check(left > 0, f"num_frames={config.video.num_frames} are complete in this state: expected more")
         return self._stream(text, config, given, state, left)
@@ -126,34 +129,29 @@ class Pipeline:
 
     def encode(self, prompts: str | Sequence[str]) -> Embeddings:
         """Loads the text encoder, encodes every prompt, and lets go of the encoder."""
-        prompts = (prompts,) if isinstance(prompts, str) else tuple(dict.fromkeys(prompts))
-        encoder, tokenizer = self.source.text()
-        ids, lengths = tokenizer(prompts)
-        rows = [np.asarray(_encode(encoder, *row)) for row in zip(ids[:, None], lengths[:, None], strict=True)]
-        return Embeddings(np.concatenate(rows), lengths, prompts, self.source.fingerprint(encoder, tokenizer))
+        return encode_prompts(self.source, [prompts] if isinstance(prompts, str) else prompts)
 
     def text(self, prompts: Sequence[str], config: Config, embeddings: Embeddings | None = None) -> TextCache:
         """Keys and values of the prompts, and under guidance of as many negative prompts after them."""
-        rows = [*prompts] + [config.video.negative_prompt] * len(prompts) * (branches(config) - 1)
         if embeddings is None:
-            if self._latest is None or not set(rows) <= set(self._latest.prompts):
-                self._latest = self.encode(rows)
+            if self._latest is None or not set(texts(prompts, config)) <= set(self._latest.prompts):
+                self._latest = self.encode(texts(prompts, config))
             embeddings = self._latest
-        return _text_cache(self.model, embeddings.select(rows))
+        return _text_cache(self.model, embeddings.select(texts(prompts, config)))
 
     def configure(self, num_frames: int | None = None, negative_prompt: str | None = None, parts: dict | None = None) -> Config:
         """The pipeline's config with a call's changes."""
         fixed = {"model", "vae", "text"} & set(parts or {})
         check(not fixed, f"{', '.join(sorted(fixed))} cannot change after loading; `lf_jax.load(..., config=...)` takes them")
-        config = dataclasses.replace(self.config, **(parts or {}))
-        video = {"num_frames": num_frames, "negative_prompt": negative_prompt}
-        video = {name: value for name, value in video.items() if value is not None}
-        return dataclasses.replace(config, video=dataclasses.replace(config.video, **video))
+        config = with_frames(dataclasses.replace(self.config, **(parts or {})), num_frames)
+        if negative_prompt is None:
+            return config
+        return dataclasses.replace(config, video=dataclasses.replace(config.video, negative_prompt=negative_prompt))
 
     def _decode(self, latents: Array, past: vae.VaeState | None) -> tuple[Array, vae.VaeState]:
         pixels, start = [], 0
         for end in range(latents.shape[1] % DECODED_FRAMES or DECODED_FRAMES, latents.shape[1] + 1, DECODED_FRAMES):
-            frames, past = _decode(self.vae, latents[:, start:end], past)
+            frames, past = decode_pixels(self.vae, latents[:, start:end], past)
             pixels.append(frames)
             start = end
         return (pixels[0] if len(pixels) == 1 else jnp.concatenate(pixels, axis=1)), past
@@ -179,8 +177,53 @@ def load(source: str | os.PathLike, config: Config | str | os.PathLike | None = 
     return Pipeline(found)
 
 
+def encode_prompts(source: loading.Source, prompts: Sequence[str], advance: Callable[[], None] = lambda: None) -> Embeddings:
+    """Encodes different prompts one at a time; `advance` is called after each. The encoder is in memory only meanwhile."""
+    prompts = tuple(dict.fromkeys(prompts))
+    encoder, tokenizer = source.text()
+    ids, lengths = tokenizer(prompts)
+    rows = []
+    for i in range(len(prompts)):
+        rows.append(np.asarray(_encode(encoder, ids[i : i + 1], lengths[i : i + 1])))
+        advance()
+    return Embeddings(np.concatenate(rows), lengths, prompts, source.fingerprint(encoder, tokenizer))
+
+
+def check_state(state: StreamState, config: Config, batch: int) -> None:
+    """Raises ValueError if `state` cannot go on under `config`, with what it holds and what was expected."""
+    check(isinstance(state, StreamState), f"state is a {type(state).__name__}, expected an lf_jax.StreamState")
+    videos, cache = state.rollout.keys.shape[0], state.rollout.cache
+    check(videos == batch, f"state holds {videos} videos, expected {batch}: one a prompt")
+    expected = jax.eval_shape(
+        lambda: kv.empty(
+            config.model, Grid.of(config), config.cache, not config.sparsity.dense, batch * branches(config), cache.frames
+        )
+    )
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (cache, expected)]
+    check(
+        shapes[0] == shapes[1],
+        f"state was made with other settings: its keys are {cache.k.dtype} {cache.k.shape} with sink {cache.sink}, "
+        f"expected {expected.k.dtype} {expected.k.shape} with sink {expected.sink}",
+    )
+
+
+def texts(prompts: Sequence[str], config: Config) -> list[str]:
+    """What is encoded for a batch: the prompts, and under guidance the negative prompt once for each of them."""
+    return [*prompts] + [config.video.negative_prompt] * len(prompts) * (branches(config) - 1)
+
+
+def with_frames(config: Config, num_frames: int | None) -> Config:
+    """`config` with another number of pixel frames; None keeps its own."""
+    return (
+        config
+        if num_frames is None
+        else dataclasses.replace(config, video=dataclasses.replace(config.video, num_frames=num_frames))
+    )
+
+
 @partial(jax.jit, donate_argnames="past")
-def _decode(autoencoder: vae.Vae, latents: Array, past: vae.VaeState | None) -> tuple[Array, vae.VaeState]:
+def decode_pixels(autoencoder: vae.Vae, latents: Array, past: vae.VaeState | None) -> tuple[Array, vae.VaeState]:
+    """The next latent frames of a video as uint8 pixels, and what the decoder keeps; `past` is consumed."""
     video, past = vae.decode_chunk(autoencoder, latents, past)
     return to_uint8(video), past
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from lf_jax import cache, config, tokens, vae
+from lf_jax import config, tokens
+from lf_jax.checkpoint import component
 from lf_jax.config import Config
-from lf_jax.dit import WanDiT, text_cache
-from lf_jax.text import UMT5
-
-DECODED_FRAMES = 3  # latent frames that are decoded in one call
+from lf_jax.dit import text_cache
+from lf_jax.generate import DECODED_FRAMES, decode_pixels
+from lf_jax.inputs import video_chunks
+from lf_jax.rollout import branches, compiled_chunk, initial_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,54 +46,62 @@ class Budget:
 
 
 CACHE = ("keys and values", "means of key blocks")
+SCALAR = jax.ShapeDtypeStruct((), jnp.int32)
 
 
-def memory(settings: Config, batch: int = 1) -> Budget:
+def memory(settings: Config, batch: int = 1, compiled: bool = False) -> Budget:
     """The budget of generating `batch` videos at a time.
+
+    Args:
+        compiled: compile the two programs of the rollout and take their temporary memory from the compiler.
 
     Raises:
         ValueError: if `settings.video.num_frames` does not fit the chunks.
     """
-    grid = tokens.Grid.of(settings)
-    frames = tokens.latent_frames(settings.video.num_frames, settings.vae.temporal_stride)
-    lengths = tokens.chunk_lengths(frames, settings.rollout.chunk_frames, settings.rollout.independent_first_frame)
-    rows = batch * (1 if settings.rollout.guidance_scale == 1 else 2)
-    chunk = max(lengths)
+    grid, lengths, rows = tokens.Grid.of(settings), video_chunks(settings), batch * branches(settings)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    state = jax.eval_shape(lambda keys: initial_state(settings, batch, sum(lengths), keys), keys)
+    kv = state.cache
 
-    model = jax.eval_shape(lambda: WanDiT(settings.model, rngs=nnx.Rngs(0)))
-    encoder = jax.eval_shape(lambda: UMT5(settings.text, rngs=nnx.Rngs(0)))
-    autoencoder = jax.eval_shape(lambda: vae.build(settings.vae, rngs=nnx.Rngs(0)))
-    embeddings = jax.ShapeDtypeStruct((rows, settings.model.text_len, settings.model.text_dim), config.dtype_of(settings.text))
+    model, encoder = component.abstract(settings.model), component.abstract(settings.text)
+    autoencoder = component.abstract(settings.vae)
+    embeddings = jax.ShapeDtypeStruct((rows, settings.text.length, settings.text.dim), config.dtype_of(settings.text))
     text = jax.eval_shape(text_cache, model, embeddings)
-    kv = jax.eval_shape(lambda: cache.empty(settings.model, grid, settings.cache, not settings.sparsity.dense, rows, frames))
-    latents = jax.ShapeDtypeStruct(
-        (batch, min(chunk, DECODED_FRAMES), *latent_size(settings), settings.vae.channels), config.dtype_of(settings.vae)
-    )
-    pixels, decoder = jax.eval_shape(vae.decode_chunk, autoencoder, latents)
+    decoded = min(lengths[-1], DECODED_FRAMES)
+    latents = jax.ShapeDtypeStruct((batch, decoded, *latent_size(settings), settings.vae.channels), jnp.float32)
+    pixels, decoder = jax.eval_shape(decode_pixels, autoencoder, latents, None)
 
-    kept = f"{kv.frames} latent frames"
-    pooled = size(kv.pooled) + size(kv.sink_pooled)
+    if compiled:
+        budget = None if state.budgets is None else dataclasses.replace(state.budgets, blocks=SCALAR)
+        step = compiled_chunk.lower(model, text, None, kv, keys, SCALAR, budget, settings, lengths[-1])
+        passes = temporary(step), temporary(decode_pixels.lower(autoencoder, latents, decoder))
+    else:
+        passes = chunk_activations(settings, rows, lengths[-1], kv.frames), decode_activations(settings, pixels)
+    kept, pooled = f"{kv.frames} latent frames", size((kv.pooled, kv.sink_pooled))
     items = [
         Item("text encoder", size(encoder), f"{count(encoder):,} parameters, dropped after encoding", "encoding"),
-        Item(
-            "text activations", text_activations(settings, rows), f"{rows * settings.text.length} tokens", "encoding", False
-        ),
+        Item("text activations", text_activations(settings), f"{settings.text.length} tokens", "encoding", False),
         Item("transformer", size(model), f"{count(model):,} parameters", "rollout"),
         Item("autoencoder", size(autoencoder), f"{count(autoencoder):,} parameters", "rollout"),
         Item(CACHE[0], size((kv.k, kv.v, kv.sink_k)), kept, "rollout"),
-        *([Item(CACHE[1], pooled, f"{kept}, {grid.frame_blocks} blocks each", "rollout")] if pooled else []),
-        Item("text keys and values", size(text), f"{settings.model.text_len} rows, every layer", "rollout"),
-        Item("decoder cache", size(decoder), "what the autoencoder keeps between chunks", "rollout"),
+        *([Item(CACHE[1], pooled, f"{kept} of {grid.frame_blocks} blocks", "rollout")] if pooled else []),
+        Item("text keys and values", size(text), f"{settings.model.text_len} rows in every layer", "rollout"),
+        Item("decoder cache", size(decoder), "what the decoder keeps between chunks", "rollout"),
         Item(
             "activations",
-            max(chunk_activations(settings, rows, chunk, kv.frames), decode_activations(settings, pixels)),
-            "the larger of one transformer pass and one decoder call",
+            max(passes),
+            f"of a {('transformer', 'decoder')[passes.index(max(passes))]} pass",
             "rollout",
-            False,
+            compiled,
         ),
     ]
-    slots = kv.frames + settings.cache.sink * (kv.sink_k is not None)
+    slots = kv.frames + (0 if kv.sink_k is None else kv.sink)
     return Budget(tuple(items), (size((kv.k, kv.v, kv.sink_k)) + pooled) // slots)
+
+
+def temporary(program: jax.stages.Lowered) -> int:
+    """Bytes that a program takes beside its arguments and results."""
+    return program.compile().memory_analysis().temp_size_in_bytes
 
 
 def latent_size(settings: Config) -> tuple[int, int]:
@@ -130,11 +138,11 @@ def decode_activations(settings: Config, pixels: jax.ShapeDtypeStruct) -> int:
     return 4 * pixels.size // 3 * channels * jnp.dtype(part.dtype).itemsize
 
 
-def text_activations(settings: Config, rows: int) -> int:
-    """One pass of the text encoder: float32 attention weights, and the gated hidden layer."""
+def text_activations(settings: Config) -> int:
+    """One prompt in the text encoder: float32 attention scores and weights, the stream, and the gated hidden layer."""
     part = settings.text
     width = jnp.dtype(part.dtype).itemsize
-    return rows * (2 * 4 * part.heads * part.length**2 + width * part.length * (4 * part.dim + 2 * part.ffn_dim))
+    return 2 * 4 * part.heads * part.length**2 + width * part.length * (4 * part.dim + 2 * part.ffn_dim)
 
 
 def device_memory() -> int | None:

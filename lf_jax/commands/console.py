@@ -4,7 +4,16 @@ import dataclasses
 import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from lf_jax.config import Config
@@ -20,16 +29,19 @@ def errors() -> Console:
 
 
 def progress() -> Progress:
-    """A progress bar on standard error; silent where that is not a terminal, as `note` says what matters."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )
+    """A bar that counts steps."""
+    return _bar(MofNCompleteColumn())
+
+
+def byte_progress() -> Progress:
+    """A bar that counts bytes."""
+    return _bar(DownloadColumn(binary_units=True))
+
+
+def _bar(done: ProgressColumn) -> Progress:
+    """On standard error, and only where that is a terminal: a log has `note`s."""
+    columns = (TextColumn("{task.description}"), BarColumn(), done, TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
 
 
 def show_config(config: Config, **facts: object) -> None:

@@ -1,0 +1,118 @@
+"""`lf-jax sample`."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from lf_jax import generate, text
+from lf_jax.arrays import Array
+from lf_jax.commands import outputs
+from lf_jax.commands.console import note, progress, show_config
+from lf_jax.commands.prompts import read_prompts
+from lf_jax.config import Config, check
+from lf_jax.inputs import video_chunks
+from lf_jax.video import Mp4Writer
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Make mp4 videos from prompts.
+
+    Every video depends on its own prompt and seed only: neither the batch nor the order changes it. Files get names made
+    of prompt, index and seed, and appear when they are complete. A second run with the same options skips what is
+    there, so an interrupted batch goes on; files made with other options are only replaced with --overwrite.
+
+    Example: lf-jax sample --model DIR --prompt "A red ball rolls" --output videos --video.num-frames 81
+    """
+
+    model: str  # converted folder, or a preset for random weights
+    output: pathlib.Path  # folder for the videos and their manifest.json
+    config: str | None = None  # preset or Python file with the settings, in place of those of the model
+    prompt: tuple[str, ...] = ()  # one or more prompts
+    prompts: pathlib.Path | None = None  # file with one prompt a line
+    embeddings: pathlib.Path | None = None  # file of `lf-jax encode`; without prompts, all of its prompts
+    seed: int = 0
+    samples: int = 1  # videos a prompt, with the seeds seed, seed + 1, ...
+    batch: int = 1  # videos made together
+    num_frames: int | None = None  # pixel frames; short for --video.num-frames
+    initial_image: pathlib.Path | None = None  # first frame; needs a model with rollout.independent_first_frame
+    initial_video: pathlib.Path | None = None  # video to go on from
+    weights_seed: int = 0  # of random weights
+    overwrite: bool = False  # replace files that were made with other options
+    settings: Annotated[Config, tyro.conf.arg(name="")] = Config()
+
+    def run(self) -> None:
+        config = generate.with_frames(self.settings, self.num_frames)
+        show_config(config, weights=self.model, output=self.output)
+        for name in ("batch", "samples"):
+            check(getattr(self, name) > 0, f"--{name} {getattr(self, name)} must be positive")
+        chunks = len(video_chunks(config))
+        encoded = None if self.embeddings is None else text.load_embeddings(self.embeddings)
+        prompts = self._prompts(config, encoded)
+        inputs = (self.initial_image, self.initial_video, self.embeddings)
+        manifest = outputs.Manifest(self.output, outputs.recipe_of(config, self.model, self.weights_seed, inputs))
+        videos = outputs.list_videos(prompts, self.seed, self.samples)
+        pending = manifest.pending(videos, self.overwrite)
+        if len(pending) < len(videos):
+            note(f"{len(videos) - len(pending)} of {len(videos)} videos are complete already")
+        if not pending:
+            return
+
+        pipe = generate.load(self.model, config, seed=self.weights_seed)
+        if encoded is None:
+            note(f"encoding {len(prompts)} prompts")
+            encoded = pipe.encode(generate.texts(prompts, config))
+        with progress() as bar:
+            task = bar.add_task("chunks", total=chunks * -(-len(pending) // self.batch))
+            for start in range(0, len(pending), self.batch):
+                together = pending[start : start + self.batch]
+                stream = pipe.stream(
+                    [video.prompt for video in together],
+                    seed=[video.seed for video in together],
+                    embeddings=encoded,
+                    initial_image=self.initial_image,
+                    initial_video=self.initial_video,
+                )
+                paths = [self.output / video.name for video in together]
+                write_videos(stream, paths, config.video.fps, lambda: bar.advance(task))
+                for video, path in zip(together, paths, strict=True):
+                    manifest.add(video)
+                    print(path, flush=True)
+
+    def _prompts(self, config: Config, encoded: text.Embeddings | None) -> tuple[str, ...]:
+        """What to sample: the prompts given, or all of an embeddings file but the negative one."""
+        if encoded is None or self.prompt or self.prompts is not None:
+            return read_prompts(self.prompt, self.prompts)
+        guided = config.rollout.guidance_scale != 1
+        prompts = tuple(p for p in encoded.prompts if not (guided and p == config.video.negative_prompt))
+        check(bool(prompts), f"--embeddings {self.embeddings} holds the negative prompt only")
+        return prompts
+
+
+def write_videos(
+    stream: Iterable[generate.Chunk], paths: Sequence[pathlib.Path], fps: int, advance: Callable[[], None]
+) -> None:
+    """Writes a batch of videos while it is made: one file a video, each complete or absent."""
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(Mp4Writer(path, fps)) for path in paths]
+        for frames in one_behind(stream):
+            for writer, video in zip(writers, np.asarray(frames), strict=True):
+                writer.add(video)
+            advance()
+
+
+def one_behind(stream: Iterable[generate.Chunk]) -> Iterator[Array]:
+    """The frames of every chunk, once the next chunk is under way: the device computes while the host encodes."""
+    held = None
+    for chunk in stream:
+        chunk.frames.copy_to_host_async()
+        if held is not None:
+            yield held
+        held = chunk.frames
+    if held is not None:
+        yield held
