@@ -58,8 +58,8 @@ class Vae:
     base: int = 96  # width of the finest level (`wan`)
     multipliers: tuple[int, ...] = (1, 2, 4, 4)  # widths of the levels over `base` (`wan`)
     res_blocks: int = 2  # a level of the encoder; the decoder has one more (`wan`)
-    temporal: tuple[bool, ...] = (False, True, True)  # which halvings also halve time, encoder order
-    widths: tuple[int, ...] = (256, 128, 64, 64)  # of the decoder's stages (`tiny`)
+    temporal: tuple[bool, ...] = (False, True, True)  # which halvings also halve time, encoder order; TAEHV: (1, 1, 0)
+    widths: tuple[int, ...] = (256, 128, 64, 64)  # of the decoder's stages, and last of the whole encoder (`tiny`)
     scaled: bool = False  # `tiny`: multiply by `std` and add `mean` first (LightTAE)
     mean: tuple[float, ...] = (
         -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -73,7 +73,8 @@ class Vae:
 
     def __post_init__(self):
         check_dtype(self.dtype)
-        check(len(self.temporal) == len(self.multipliers) - 1, f"{self.temporal=} needs one entry fewer than {self.multipliers=}")
+        name, levels = ("widths", self.widths) if self.kind == "tiny" else ("multipliers", self.multipliers)
+        check(len(self.temporal) == len(levels) - 1, f"{self.temporal=} needs one entry fewer than self.{name}={levels}")
         check(len(self.mean) == len(self.std) == self.channels, f"mean and std need {self.channels=} entries each")
 
     @property
