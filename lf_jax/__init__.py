@@ -4,7 +4,8 @@ from lf_jax.cache import KVCache
 from lf_jax.checkpoint import load_state, save_state
 from lf_jax.config import Config
 from lf_jax.dit import TextCache, WanDiT, forward, text_cache
-from lf_jax.generate import Chunk, Pipeline, StreamState, load
+from lf_jax.generate import Chunk, StreamState
+from lf_jax.pipeline import Pipeline, load
 from lf_jax.rollout import RolloutState, fork, initial_state, prefill, rollout
 from lf_jax.sparsity import SELECTORS, Budget, chunk_budgets, chunk_sparsities
 from lf_jax.text import UMT5, Embeddings, Tokenizer, load_embeddings, save_embeddings

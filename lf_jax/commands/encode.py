@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from lf_jax import generate, loading, text
+from lf_jax import loading, pipeline, text
 from lf_jax.commands import outputs
 from lf_jax.commands.console import note, progress, show_config
 from lf_jax.commands.prompts import read_prompts
@@ -34,13 +34,13 @@ class Encode:
 
     def run(self) -> None:
         show_config(self.settings, weights=self.model, output=self.output)
-        prompts = tuple(dict.fromkeys(generate.texts(read_prompts(self.prompt, self.prompts), self.settings)))
+        prompts = tuple(dict.fromkeys(pipeline.texts(read_prompts(self.prompt, self.prompts), self.settings)))
         check(self.overwrite or not self.output.exists(), f"--output {self.output} exists; --overwrite replaces it")
         outputs.check_writable(self.output.absolute().parent)
         source = loading.find(self.model, self.settings, self.weights_seed)
         note("loading the text encoder")
         with progress() as bar:
             task = bar.add_task("prompts", total=len(prompts))
-            encoded = generate.encode_prompts(source, prompts, lambda: bar.advance(task))
+            encoded = pipeline.encode_prompts(source, prompts, lambda: bar.advance(task))
         text.save_embeddings(self.output, encoded)
         print(self.output)

@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lf_jax import generate, plan
+from lf_jax import pipeline, plan
 from lf_jax.commands.console import show_config
 from lf_jax.config import Config, check
 
@@ -35,7 +35,7 @@ class Plan:
     settings: Annotated[Config, tyro.conf.arg(name="")] = Config()
 
     def run(self) -> None:
-        config = generate.with_frames(self.settings, self.num_frames)
+        config = pipeline.with_frames(self.settings, self.num_frames)
         check(self.batch > 0, f"--batch {self.batch} must be positive")
         budget = plan.memory(config, self.batch, compiled=self.compile)
         memory = plan.device_memory() if self.memory is None else int(self.memory * UNIT)

@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from lf_jax import generate, text
+from lf_jax import generate, loading, pipeline, text
 from lf_jax.arrays import Array
 from lf_jax.commands import outputs
 from lf_jax.commands.console import note, progress, show_config
@@ -47,12 +47,13 @@ class Sample:
     settings: Annotated[Config, tyro.conf.arg(name="")] = Config()
 
     def run(self) -> None:
-        config = generate.with_frames(self.settings, self.num_frames)
+        config = pipeline.with_frames(self.settings, self.num_frames)
         show_config(config, weights=self.model, output=self.output)
         for name in ("batch", "samples"):
             check(getattr(self, name) > 0, f"--{name} {getattr(self, name)} must be positive")
         chunks = len(video_chunks(config))
-        encoded = None if self.embeddings is None else text.load_embeddings(self.embeddings)
+        source = loading.find(self.model, config, self.weights_seed)
+        encoded = None if self.embeddings is None else text.load_embeddings(self.embeddings, source.fingerprint())
         prompts = self._prompts(config, encoded)
         inputs = (self.initial_image, self.initial_video, self.embeddings)
         manifest = outputs.Manifest(self.output, outputs.recipe_of(config, self.model, self.weights_seed, inputs))
@@ -63,10 +64,10 @@ class Sample:
         if not pending:
             return
 
-        pipe = generate.load(self.model, config, seed=self.weights_seed)
-        if encoded is None:
+        if encoded is None:  # before the transformer takes its place in memory
             note(f"encoding {len(prompts)} prompts")
-            encoded = pipe.encode(generate.texts(prompts, config))
+            encoded = pipeline.encode_prompts(source, pipeline.texts(prompts, config))
+        pipe = pipeline.load(self.model, config, seed=self.weights_seed)
         with progress() as bar:
             task = bar.add_task("chunks", total=chunks * -(-len(pending) // self.batch))
             for start in range(0, len(pending), self.batch):

@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from lf_jax import checkpoint, generate, loading, text
+from lf_jax import checkpoint, generate, loading, pipeline, text
 from lf_jax.commands import outputs
 from lf_jax.commands.console import note, show_config
 from lf_jax.config import Config, check
@@ -22,11 +22,12 @@ class Stream:
     """Make one video chunk by chunk, with the time every chunk took.
 
     The video grows in FILE.partial.mp4, which players can open meanwhile, and takes its name when it is complete. The state
-    after the last chunk can be saved, and a later run goes on from it, also with another prompt: it writes the new
-    frames only, and --num-frames counts the old ones too.
+    after the last chunk can be saved, and a later run goes on from it as if it had not stopped, also with another
+    prompt: it writes the new frames only. Without a window (cache.window), and with sparse attention, the state holds a
+    plan of the whole video, so --num-frames is the same in both runs and --stop-at says where the first one ends.
 
-    Example: lf-jax stream --model DIR --prompt "Waves" --output a.mp4 --num-frames 81 --state-out a.state
-             lf-jax stream --model DIR --prompt "A storm" --output b.mp4 --num-frames 153 --state-in a.state
+    Example: lf-jax stream --model DIR --prompt "Waves" --output a.mp4 --stop-at 45 --state-out a.state
+             lf-jax stream --model DIR --prompt "A storm" --output b.mp4 --state-in a.state
     """
 
     model: str  # converted folder, or a preset for random weights
@@ -36,6 +37,7 @@ class Stream:
     embeddings: pathlib.Path | None = None  # file of `lf-jax encode` that holds the prompt
     seed: int = 0
     num_frames: int | None = None  # pixel frames of the whole video; short for --video.num-frames
+    stop_at: int | None = None  # end after the chunk that reaches this pixel frame of the whole video
     initial_image: pathlib.Path | None = None  # first frame; needs a model with rollout.independent_first_frame
     initial_video: pathlib.Path | None = None  # video to go on from
     state_in: pathlib.Path | None = None  # state to go on from
@@ -45,7 +47,7 @@ class Stream:
     settings: Annotated[Config, tyro.conf.arg(name="")] = Config()
 
     def run(self) -> None:
-        config = generate.with_frames(self.settings, self.num_frames)
+        config = pipeline.with_frames(self.settings, self.num_frames)
         show_config(config, weights=self.model, output=self.output)
         video_chunks(config)
         for name in ("output", "state_out"):
@@ -55,7 +57,7 @@ class Stream:
         state = None if self.state_in is None else checkpoint.load_state(self.state_in)
         source = loading.find(self.model, config, self.weights_seed)
         encoded = None if self.embeddings is None else text.load_embeddings(self.embeddings, source.fingerprint())
-        pipe = generate.load(self.model, config, seed=self.weights_seed)
+        pipe = pipeline.load(self.model, config, seed=self.weights_seed)
         stream = pipe.stream(
             self.prompt,
             seed=self.seed,
@@ -64,18 +66,23 @@ class Stream:
             initial_video=self.initial_video,
             state=state,
         )
-        last = None
         with Mp4Writer(self.output, config.video.fps, growing=True) as writer:
             for chunk, seconds in timed(stream):
                 made = chunk.frames.shape[1]
                 writer.add(np.asarray(chunk.frames[0]))
-                frames = f"{writer.frames - made:5d} .. {writer.frames - 1:5d}"
-                note(f"frames {frames}  {seconds:7.2f} s  {made / seconds:7.1f} frames/s")
-                last = chunk.state
+                end = pixel_frames(int(chunk.state.rollout.cache.end), config)
+                note(f"frames {end - made:5d} .. {end - 1:5d}  {seconds:7.2f} s  {made / seconds:7.1f} frames/s")
+                if self.stop_at is not None and end >= self.stop_at:
+                    break
             if self.state_out is not None:
-                checkpoint.save_state(self.state_out, last)
+                checkpoint.save_state(self.state_out, chunk.state)
         note("the time of the first chunks includes compilation")
         print(self.output)
+
+
+def pixel_frames(latent_frames: int, config: Config) -> int:
+    """Pixel frames that so many latent frames are decoded to."""
+    return 1 + (latent_frames - 1) * config.vae.temporal_stride
 
 
 def timed(stream: Iterator[generate.Chunk]) -> Iterator[tuple[generate.Chunk, float]]:
