@@ -8,12 +8,30 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS = [  # bottom first; the longest matching prefix places a module
     ["pallas_kernels", "lf_jax.config", "lf_jax.arrays"],
-    ["lf_jax.layers", "lf_jax.rope", "lf_jax.cache", "lf_jax.flow", "lf_jax.solvers", "lf_jax.tokens", "lf_jax.noise", "lf_jax.video"],
+    [
+        "lf_jax.layers",
+        "lf_jax.rope",
+        "lf_jax.cache",
+        "lf_jax.flow",
+        "lf_jax.solvers",
+        "lf_jax.tokens",
+        "lf_jax.noise",
+        "lf_jax.video",
+    ],
     ["lf_jax.sparsity"],
     ["lf_jax.attention"],
     ["lf_jax.dit", "lf_jax.vae", "lf_jax.text"],
     ["lf_jax.rollout", "lf_jax.checkpoint"],
-    ["lf_jax.generate", "lf_jax.parity"],
+    [
+        "lf_jax.presets",
+        "lf_jax.loading",
+        "lf_jax.inputs",
+        "lf_jax.generate",
+        "lf_jax.pipeline",
+        "lf_jax.plan",
+        "lf_jax.doctor",
+        "lf_jax.parity",
+    ],
     ["lf_jax", "lf_jax.cli", "lf_jax.commands", "convert", "configs"],
 ]
 APART = ["lf_jax.dit", "lf_jax.vae", "lf_jax.text"]  # of one layer, and may not import each other
