@@ -11,7 +11,7 @@ import pytest
 from lf_jax import attention, config, sparsity
 from lf_jax import cache as kv
 from lf_jax.sparsity.baselines import attention_mass
-from lf_jax.sparsity.select import timeline
+from lf_jax.sparsity.select import pool_queries, timeline
 from lf_jax.tokens import Grid
 from pallas_kernels import check_block_map
 
@@ -296,6 +296,8 @@ def test_pooling_divides_by_live_tokens():
     video = _video("one stage")
     expected = np.stack([m for frame in video.current for m in means(frame, 8)])
     np.testing.assert_allclose(video.new.pooled[0], expected, atol=1e-6)
+    expected = np.stack(means(np.asarray(video.q[0]), 8))  # 90 tokens: the last of 12 blocks has two
+    np.testing.assert_allclose(pool_queries(video.q, 8)[0], expected, atol=1e-6)
 
 
 @cache

@@ -1,7 +1,8 @@
 """Block-sparse attention in plain XLA: runs on any backend, and is differentiable.
 
 One query block at a time gathers the key blocks of its list from the cache and from the chunk, so memory grows with
-one list, not with the queries. The gather addresses the stacked cache by layer: a layer is never sliced out.
+one list, not with the queries. The gather addresses the stacked cache by layer: a layer is never sliced out. (XLA's CPU
+backend gathers 16-bit floats as float32 and converts the cache for it: on CPUs run float32.)
 """
 
 import jax
