@@ -5,14 +5,13 @@ import fnmatch
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from convert import lora as low_rank
 from convert.exporting import as_source
 from convert.families import FAMILIES, Family, Part
 from convert.reader import Source, open_source, unwrapped
-from convert.rules import Piece, plan
+from convert.rules import ConversionError, Piece, plan
 from convert.tensors import Tensors
 from convert.writer import Progress, dtypes_of, main_dtype, write_component
 from lf_jax import checkpoint, presets
@@ -152,15 +151,26 @@ def _plan(
         update = open_source(pathlib.Path(lora), LORA)
         tensors = low_rank.merge(tensors, update.tensors, lora_scale)
         notes["lora"] = [_lora_note(update.path, lora_scale)]
-    config = _described(table, tensors, opened.settings, settings)
-    return _fit(table, dataclasses.replace(config, **part.fields), tensors, dtype, _tokenizer(table, opened.path), notes)
+    beside, shapes = _tokenizer(table, opened.path), {name: tensor.shape for name, tensor in tensors.items()}
+    if settings is None or table.COMPONENT == "vae":  # any VAE goes with any transformer of its latents
+        config = dataclasses.replace(table.describe(shapes, opened.settings), **part.fields)
+        return _fit(table, config, tensors, dtype, beside, notes)
+    config = settings.model if table.COMPONENT == "dit" else settings.text
+    try:
+        return _fit(table, config, tensors, dtype, beside, notes)
+    except ConversionError as error:
+        try:
+            found = table.describe(shapes, opened.settings)
+        except ValueError:
+            raise error from None
+        raise ConversionError(f"the source does not fit the preset{_difference(config, found)}:", error.faults) from None
 
 
-def _described(table: Any, tensors: Tensors, beside: Mapping[str, Any], settings: Config | None) -> PartConfig:
-    """The config of a component: the preset's where one is asked for, and for any VAE what its shapes tell."""
-    if settings is not None and table.COMPONENT != "vae":
-        return {"dit": settings.model, "text": settings.text}[table.COMPONENT]
-    return table.describe({name: tensor.shape for name, tensor in tensors.items()}, beside)
+def _difference(wanted: PartConfig, found: PartConfig) -> str:
+    fields = [field.name for field in dataclasses.fields(wanted) if field.name != "dtype"]
+    pairs = [(name, getattr(wanted, name), getattr(found, name)) for name in fields]
+    text = ", ".join(f"{name}={ours}, not {theirs}" for name, ours, theirs in pairs if ours != theirs)
+    return f" ({text})" if text else ""
 
 
 def _fit(table: Any, config: PartConfig, tensors: Tensors, dtype: str | None, beside: dict, notes: dict) -> Planned:

@@ -84,7 +84,7 @@ def _file(path: pathlib.Path) -> pathlib.Path:
 
 def _safetensors(path: pathlib.Path) -> Tensors:
     file = TensorFile(path)
-    return {name: Tensor(e.shape, e.dtype, lambda name=name: file.read(name)) for name, e in file.entries.items()}
+    return {name: Tensor(e.shape, e.dtype, lambda name=name: file.view(name)) for name, e in file.entries.items()}
 
 
 def _sharded(index: pathlib.Path) -> Tensors:

@@ -1,5 +1,6 @@
 """Conversion without torch: tables, faults, every family there and back, interruption, memory."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -127,6 +128,17 @@ def test_second_spelling_may_stand_beside_the_first_where_the_table_says_so():
         assert [piece.source for piece in plan(rules, source, {"a": (2,)})] == [next(iter(source))]
 
 
+def test_a_14b_checkpoint_in_a_1_3b_model():
+    small, large = (presets.load(name).model for name in ("wan_1_3b", "wan_14b"))
+    rules = fake.table("wan").rules(small)
+    source = {piece.source: piece.shape for piece in pieces_of(rules, checkpoint.shapes(large))}
+    assert len(source) == 1095 and len(plan(rules, source, checkpoint.shapes(large))) == 1095
+    with pytest.raises(ConversionError) as caught:
+        plan(rules, source, checkpoint.shapes(small))
+    faults = {kind: len(found) for kind, found in caught.value.faults.items()}
+    assert faults == {"unknown names in the source": 10 * 27, "wrong shape": 825 - 1}  # all but the head's bias of 64
+
+
 def test_long_reports_are_cut_but_counted():
     with pytest.raises(ConversionError, match=r"unknown names in the source \(50\):[\s\S]*and 38 more") as caught:
         plan((Rule("w", "a"),), {"w": (1,)} | {f"x{i}": (1,) for i in range(50)}, {"a": (1,)})
@@ -217,22 +229,17 @@ def test_several_components_share_a_folder_and_the_transformer_brings_the_settin
         written(tmp_path / family, family)
         convert.convert(family, tmp_path / family, target)
     assert checkpoint.components(target) == ("dit", "vae", "text")
-    assert checkpoint.load_part(target, "text") == fake.TEXT.__class__(**{**vars(fake.TEXT), "length": 512})
+    assert checkpoint.load_part(target, "text") == dataclasses.replace(fake.TEXT, length=512)
     assert json.loads((target / "config.json").read_text())["cache"]["window"] == presets.load("longlive_1_3b").cache.window
     assert checkpoint.load_notes(target, "dit")["family"] == "longlive"
 
 
-def test_whole_wan_folder_with_its_vocabulary(tmp_path):
-    source = tmp_path / "Wan2.1-T2V"
-    written(source, "wan")
-    (source / "google/umt5-xxl").mkdir(parents=True)
-    (source / "google/umt5-xxl/spiece.model").write_bytes(b"vocabulary")
-    fake.write(source / "text/umt5.safetensors", fake.tensors("umt5", fake.TEXT))
-    convert.convert("wan", source, tmp_path / "dir")
-    assert checkpoint.components(tmp_path / "dir") == ("dit",)
-    os.rename(source / "text/umt5.safetensors", source / "google/umt5.safetensors")
-    os.rename(source / "google/umt5-xxl/spiece.model", source / "google/spiece.model")
-    convert.convert("umt5", source / "google/umt5.safetensors", tmp_path / "dir")
+@pytest.mark.parametrize("place", ["spiece.model", "google/umt5-xxl/spiece.model", "tokenizer/spiece.model"])
+def test_the_vocabulary_comes_along(place, tmp_path):
+    (tmp_path / "source" / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "source" / place).write_bytes(b"vocabulary")
+    written(tmp_path / "source", "umt5")
+    convert.convert("umt5", tmp_path / "source/umt5.safetensors", tmp_path / "dir")
     assert (tmp_path / "dir/text/spiece.model").read_bytes() == b"vocabulary"
 
 

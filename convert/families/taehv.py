@@ -1,11 +1,13 @@
 """The tiny autoencoder as madebyollin/taehv ships it for Wan2.1: `taew2_1.pth`."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from convert.families.wan import linear
 from convert.families.wan_vae import choice
 from convert.rules import Rule, Shape
+from convert.tensors import Tensor, Tensors
 from convert.transforms import CONV2D, POINTWISE2D
 from lf_jax.config import Vae, check
 
@@ -14,6 +16,25 @@ COMPONENT = "vae"
 # memory blocks, then a convolution. Decoder: clamp, convolution, ReLU, then levels of three memory blocks, doubling,
 # growing and a convolution, then ReLU and a convolution.
 ENCODER_START, ENCODER_LEVEL, DECODER_START, DECODER_LEVEL = 2, 5, 3, 6
+
+
+def prepare(tensors: Tensors) -> Tensors:
+    """The same, with the growing maps cut to the frames that they make here.
+
+    A checkpoint may hold maps that make more frames than this network uses; as in the reference, the last ones count.
+    """
+    part = describe({name: tensor.shape for name, tensor in tensors.items()})
+    cut = {}
+    for level, (width, time) in enumerate(zip(part.widths, reversed(part.temporal), strict=False)):
+        name = f"decoder.{DECODER_START + DECODER_LEVEL * level + 4}.conv.weight"
+        rows = width * (1 + time)
+        if name in tensors and tensors[name].shape[0] > rows:
+            cut[name] = _last(tensors[name], rows)
+    return {**tensors, **cut}
+
+
+def _last(tensor: Tensor, rows: int) -> Tensor:
+    return dataclasses.replace(tensor, shape=(rows, *tensor.shape[1:]), read=lambda: tensor.read()[-rows:])
 
 
 def describe(shapes: Mapping[str, Shape], settings: Mapping[str, Any] | None = None) -> Vae:
