@@ -113,7 +113,6 @@ def decode_pixels(autoencoder: vae.Vae, latents: Array, past: vae.VaeState | Non
 
 def check_state(state: StreamState, config: Config) -> None:
     """Raises ValueError if `state` cannot go on under `config`, with what it holds and what was expected."""
-    check(isinstance(state, StreamState), f"state is a {type(state).__name__}, expected an lf_jax.StreamState")
     cache, rows = state.rollout.cache, state.rollout.keys.shape[0] * branches(config)
     settings = (config.model, Grid.of(config), config.cache, not config.sparsity.dense, rows, cache.frames)
     expected = jax.eval_shape(lambda: kv.empty(*settings))

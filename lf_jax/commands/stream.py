@@ -54,7 +54,7 @@ class Stream:
             if (path := getattr(self, name)) is not None:
                 check(self.overwrite or not path.exists(), f"--{name.replace('_', '-')} {path} exists; --overwrite replaces it")
                 outputs.check_writable(path.absolute().parent)
-        state = None if self.state_in is None else checkpoint.load_state(self.state_in)
+        state = None if self.state_in is None else read_state(self.state_in)
         source = loading.find(self.model, config, self.weights_seed)
         encoded = None if self.embeddings is None else text.load_embeddings(self.embeddings, source.fingerprint())
         pipe = pipeline.load(self.model, config, seed=self.weights_seed)
@@ -78,6 +78,15 @@ class Stream:
                 checkpoint.save_state(self.state_out, chunk.state)
         note("the time of the first chunks includes compilation")
         print(self.output)
+
+
+def read_state(path: pathlib.Path) -> generate.StreamState:
+    state = checkpoint.load_state(path)
+    check(
+        isinstance(state, generate.StreamState),
+        f"--state-in {path} holds a {type(state).__name__}, expected a StreamState as --state-out writes it",
+    )
+    return state
 
 
 def pixel_frames(latent_frames: int, config: Config) -> int:

@@ -1,0 +1,187 @@
+"""From prompts to pixels with the smallest model: the Python API, states, inputs, and what stays in memory."""
+
+import dataclasses
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import CONFIG
+
+import lf_jax
+from lf_jax import checkpoint, loading, pipeline
+from lf_jax.config import Cache, Rollout, Sparsity
+
+PROMPT = "a red ball"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return lf_jax.load("tiny", CONFIG)
+
+
+@pytest.fixture(scope="module")
+def video(pipe):
+    return pipe(PROMPT, seed=3)
+
+
+def frames_of(stream) -> list[np.ndarray]:
+    return [np.asarray(chunk.frames) for chunk in stream]
+
+
+def test_a_video_is_uint8_of_the_size_asked_for(video):
+    assert (video.shape, video.dtype) == ((1, 33, 32, 48, 3), np.uint8)
+    assert video.std() > 10
+
+
+def test_a_stream_is_the_same_video_chunk_by_chunk(pipe, video):
+    chunks = frames_of(pipe.stream(PROMPT, seed=3))
+    assert [chunk.shape[1] for chunk in chunks] == [9, 12, 12]
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), video)
+
+
+def test_seed_and_prompt_each_change_the_video(pipe, video):
+    assert (pipe(PROMPT, seed=4) != video).mean() > 0.5
+    assert (pipe("a blue ball", seed=3) != video).mean() > 0.5
+
+
+def test_a_video_does_not_depend_on_its_batch(pipe, video):
+    both = pipe(["waves", PROMPT], seed=[0, 3])
+    assert both.shape[0] == 2
+    assert np.abs(both[1].astype(int) - video[0]).max() <= 1  # matrix products of another size round otherwise
+    assert (both[0] != both[1]).mean() > 0.5
+
+
+def test_saved_state_goes_on_bitwise(pipe, video, tmp_path):
+    stream = pipe.stream(PROMPT, seed=3)
+    first = next(stream)
+    lf_jax.save_state(tmp_path / "a.state", first.state)
+    kept = lf_jax.fork(first.state)
+    start = np.asarray(first.frames)
+    rest = frames_of(stream)  # consumes first.state
+    for state in (kept, lf_jax.load_state(tmp_path / "a.state")):
+        again = frames_of(pipe.stream(PROMPT, state=state))
+        assert len(again) == 2
+        np.testing.assert_array_equal(np.concatenate(again, axis=1), np.concatenate(rest, axis=1))
+    np.testing.assert_array_equal(np.concatenate([start, *rest], axis=1), video)
+
+
+def test_the_step_is_compiled_once_for_all_chunks(pipe):
+    from lf_jax.rollout import compiled_chunk
+
+    list(pipe.stream(PROMPT))
+    before = compiled_chunk._cache_size()
+    list(pipe.stream("another prompt", seed=9))
+    assert compiled_chunk._cache_size() == before
+
+
+def test_the_encoder_is_gone_after_encoding(pipe):
+    encoded = pipe.encode(["one", "two", "one"])
+    gc.collect()
+    assert encoded.prompts == ("one", "two")
+    assert isinstance(encoded.values, np.ndarray)
+    table = (CONFIG.text.vocab, CONFIG.text.dim)
+    assert all(array.shape != table for array in jax.live_arrays())
+
+
+def test_embeddings_replace_the_encoder(pipe, video, monkeypatch):
+    encoded = pipe.encode(PROMPT)
+    monkeypatch.setattr(pipe, "_latest", None)
+    monkeypatch.setattr(loading.Source, "text", lambda self: pytest.fail("the encoder was loaded"))
+    np.testing.assert_array_equal(pipe(PROMPT, seed=3, embeddings=encoded), video)
+    with pytest.raises(ValueError, match="not among the 1 encoded prompts.*waves"):
+        pipe("waves", embeddings=encoded)
+
+
+def test_a_converted_folder_makes_the_same_video(pipe, video, tmp_path):
+    encoder, tokenizer = pipe.source.text()
+    for name, part, module in (("dit", "model", pipe.model), ("vae", "vae", pipe.vae), ("text", "text", encoder)):
+        checkpoint.save_component(tmp_path, name, getattr(CONFIG, part), module)
+    (tmp_path / "text" / "spiece.model").write_bytes(tokenizer.model)
+    checkpoint.save_settings(tmp_path, CONFIG)
+    loaded = lf_jax.load(tmp_path)
+    assert loaded.config == CONFIG
+    np.testing.assert_array_equal(loaded(PROMPT, seed=3), video)
+    assert loaded.source.fingerprint() == pipe.source.fingerprint(encoder, tokenizer)
+    other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, layers=3))
+    with pytest.raises(ValueError, match="model.layers=3 but .* was converted with 2"):
+        lf_jax.load(tmp_path, other)
+
+
+def test_settings_of_a_preset_with_the_models_of_another():
+    source = loading.find("tiny", loading.config_of("tiny", pipeline.presets.load("longlive_1_3b")))
+    assert source.config.cache == Cache(window=12, sink=3)
+    assert source.config.model == pipeline.presets.load("tiny").model
+
+
+def test_a_video_is_extended(pipe, video):
+    start = np.asarray(video[:, :9])
+    longer = pipe(PROMPT, seed=3, initial_video=start, num_frames=33)
+    assert longer.shape[1] == 33
+    chunks = frames_of(pipe.stream(PROMPT, seed=3, initial_video=start[0], num_frames=33))
+    assert [chunk.shape[1] for chunk in chunks] == [9, 12, 12]
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), longer)
+
+
+def test_initial_latents_that_were_generated_change_nothing(pipe, video):
+    """Committing a chunk's latents is what the rollout does with them, at context timestep 0."""
+    stream = pipe.stream(PROMPT, seed=3)
+    latents = np.asarray(next(stream).latents)
+    again = pipe(PROMPT, seed=3, initial_latents=jnp.asarray(latents))
+    np.testing.assert_array_equal(again, video)
+
+
+def test_an_image_becomes_the_first_frame(pipe):
+    image = np.full((32, 48, 3), 128, np.uint8)
+    layout = Rollout(independent_first_frame=True)
+    chunks = frames_of(pipe.stream(PROMPT, initial_image=image, rollout=layout, num_frames=25))
+    assert [chunk.shape[1] for chunk in chunks] == [1, 12, 12]
+    with pytest.raises(ValueError, match="1 initial latent frames must be whole chunks.*independent_first_frame"):
+        pipe(PROMPT, initial_image=image)
+
+
+def test_guidance_encodes_the_negative_prompt_too(pipe):
+    guided = Rollout(sampler="euler", num_inference_steps=2, guidance_scale=3.0)
+    dense = Sparsity(policy="dense")
+    runs = [pipe(PROMPT, negative_prompt=p, rollout=guided, sparsity=dense, num_frames=9) for p in ("ugly", "grey")]
+    assert runs[0].shape == (1, 9, 32, 48, 3)
+    assert (runs[0] != runs[1]).mean() > 0.1
+    assert pipe._latest.prompts == (PROMPT, "grey")
+
+
+def test_a_window_goes_on_past_the_plan(pipe):
+    parts = {"cache": Cache(window=6, sink=1), "sparsity": Sparsity(policy="dense")}
+    *_, last = pipe.stream(PROMPT, num_frames=33, **parts)
+    chunks = frames_of(pipe.stream("a storm", state=last.state, num_frames=57, **parts))
+    assert [chunk.shape[1] for chunk in chunks] == [12, 12]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        ({"num_frames": 80}, "num_frames=80 does not fit.*69 or 81"),
+        ({"num_frames": 5}, "num_frames=5 does not fit.*are 9"),
+        ({"seed": [1, 2]}, "seed holds 2 numbers, expected one, or 1"),
+        ({"model": CONFIG.model}, "model cannot change after loading"),
+        ({"initial_video": np.zeros((9, 32, 40, 3), np.uint8)}, r"shape \(1, 9, 32, 40, 3\), expected .*32, 48, 3"),
+        ({"initial_video": np.zeros((9, 32, 48, 3), np.float32)}, "dtype float32, expected uint8"),
+        ({"initial_video": np.zeros((13, 32, 48, 3), np.uint8)}, r"4 initial latent frames .* expected one of \[3, 6\]"),
+        ({"initial_video": np.zeros((33, 32, 48, 3), np.uint8)}, r"9 initial latent frames .* expected one of \[3, 6\]"),
+        ({"initial_latents": jnp.zeros((1, 3, 4, 5, 16))}, r"\(1, 4, 5, 16\), expected \(1, 4, 6, 16\)"),
+        ({"initial_latents": jnp.zeros((1, 3, 4, 6, 16)), "initial_image": "a.png"}, "image and latents exclude each other"),
+    ],
+)
+def test_what_does_not_fit_is_named(pipe, call, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.stream(PROMPT, **call)
+
+
+def test_a_state_of_other_settings_is_refused(pipe):
+    *_, last = pipe.stream(PROMPT)
+    with pytest.raises(ValueError, match="are complete in this state"):
+        pipe.stream(PROMPT, state=last.state)
+    with pytest.raises(ValueError, match="state was made with other settings.*expected float32"):
+        pipe.stream(PROMPT, state=last.state, cache=Cache(window=6, sink=1))
+    with pytest.raises(ValueError, match="state holds 1 videos, expected 2"):
+        pipe.stream([PROMPT, "two"], state=last.state)
