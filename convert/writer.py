@@ -70,9 +70,9 @@ def write_component(
     def parts(target: str) -> Iterator[np.ndarray]:
         nonlocal done
         for piece in stacks[target]:
-            array = piece.transform.forward(tensors[piece.source].read()).astype(dtypes[target], order="C", copy=False)
-            yield array
-            done += array.nbytes
+            # Not kept in a name: the one before would live on while the next is made.
+            yield piece.transform.forward(tensors[piece.source].read()).astype(dtypes[target], order="C", copy=False)
+            done += math.prod(piece.shape) * dtypes[target].itemsize
             if progress:
                 progress(f"{name}: {target}", done, total)
 

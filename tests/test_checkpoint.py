@@ -142,6 +142,9 @@ def test_leftovers_are_cleared_and_a_folder_put_aside_comes_back(tmp_path):
         assert os.listdir(partial) == []
         raise RuntimeError
     assert os.listdir(tmp_path) == ["dit"] and os.listdir(tmp_path / "dit") == ["old"]
+    (tmp_path / ".state.partial").write_text("longer than what comes")
+    checkpoint.save_state(tmp_path / "state", {"x": 1})
+    assert sorted(os.listdir(tmp_path)) == ["dit", "state"] and checkpoint.load_state(tmp_path / "state") == {"x": 1}
 
 
 def test_two_writers_do_not_mix(tmp_path):
@@ -149,7 +152,12 @@ def test_two_writers_do_not_mix(tmp_path):
         (partial / "first").touch()
         with pytest.raises(ValueError, match="another process is writing"), replaced_folder(tmp_path / "dit"):
             pass
-    assert os.listdir(tmp_path / "dit") == ["first"]
+    with replaced_file(tmp_path / "state") as partial:
+        partial.write_text("first")
+        with pytest.raises(ValueError, match="another process is writing"), replaced_file(tmp_path / "state"):
+            pass
+    assert os.listdir(tmp_path / "dit") == ["first"] and (tmp_path / "state").read_text() == "first"
+    assert sorted(os.listdir(tmp_path)) == ["dit", "state"]
 
 
 # ---- components ----------------------------------------------------------------------------

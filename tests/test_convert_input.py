@@ -307,4 +307,4 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(convert.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
     measured = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300, check=True)
     print(f"peak {int(measured.stdout) / 1e6:.1f} MB for {total / 1e6:.1f} MB, largest tensor {largest / 1e6:.1f} MB")
-    assert int(measured.stdout) < 3 * largest + 10e6
+    assert int(measured.stdout) < 2 * largest + 15e6  # of which one is the source file's pages

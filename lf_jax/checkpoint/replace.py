@@ -12,19 +12,24 @@ from lf_jax.config import check
 
 @contextlib.contextmanager
 def replaced_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A temporary path in the same folder, renamed to `path` if the block succeeds and removed if it fails.
+    """An empty temporary file beside `path`, renamed to it if the block succeeds and removed if it fails.
+
+    What a killed process left behind is taken over by the next one.
 
     Raises:
-        ValueError: if the folder cannot be written.
+        ValueError: if the place cannot be written, or another process is writing there.
     """
     path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial")
     _make(path.parent)
-    try:
-        yield partial
+    with _locked(partial, os.O_RDWR | os.O_CREAT, path):
+        os.truncate(partial, 0)
+        try:
+            yield partial
+        except BaseException:
+            partial.unlink()
+            raise
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -40,14 +45,7 @@ def replaced_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     folder = pathlib.Path(folder)
     partial, aside = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.replaced")
     _make(partial)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(lock), os.stat(partial))
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        check(ours, f"another process is writing {folder}")
+    with _locked(partial, os.O_RDONLY, folder):
         if aside.exists():
             shutil.rmtree(aside) if folder.exists() else aside.rename(folder)
         for old in partial.iterdir():
@@ -61,6 +59,20 @@ def replaced_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
             folder.rename(aside)
         partial.rename(folder)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(partial: pathlib.Path, flags: int, place: pathlib.Path) -> Iterator[None]:
+    """Holds `partial` against other processes; the kernel lets go of it when this one ends, however it ends."""
+    lock = os.open(partial, flags, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(lock), os.stat(partial))  # it may have been renamed just before
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        check(ours, f"another process is writing {place}")
+        yield
     finally:
         os.close(lock)
 

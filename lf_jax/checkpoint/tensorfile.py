@@ -146,6 +146,7 @@ def write(
                 check(part.dtype == dtype, f"{name} is laid out as {dtype}, received a part of {part.dtype}")
                 file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
                 written += part.size
+                del part  # before the next is made
             check(written == math.prod(shape), f"{name} needs {math.prod(shape)} numbers, received {written}")
         file.flush()
         os.fsync(file.fileno())
