@@ -62,7 +62,7 @@ def _torch(path: pathlib.Path) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise ValueError(f"{path} is a file of torch, which is not installed: pip install 'lf_jax[convert]'") from error
+        raise ValueError(f"{path} is a file of torch, which is not installed: pip install 'lf-jax[convert]'") from error
     return torch
 
 

@@ -226,6 +226,13 @@ def test_wrong_source_folder(tmp_path):
         convert.convert("self_forcing", tmp_path / "notes.txt", tmp_path / "dir")
 
 
+def test_files_of_torch_need_torch(tmp_path, monkeypatch):
+    (tmp_path / "m.pt").write_bytes(b"any")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"m.pt is a file of torch, which is not installed: pip install 'lf-jax\[convert\]'"):
+        convert.convert("self_forcing", tmp_path / "m.pt", tmp_path / "dir")
+
+
 def test_nothing_is_replaced_unasked(tmp_path):
     source = base(tmp_path / "s")
     convert.convert("self_forcing", source, tmp_path / "dir")
