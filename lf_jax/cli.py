@@ -25,6 +25,7 @@ COMMANDS = {  # imported when called for, so that help and errors come at once
     "parity": ("lf_jax.commands.parity", "Parity"),
     "plan": ("lf_jax.commands.plan", "Plan"),
     "doctor": ("lf_jax.commands.doctor", "Doctor"),
+    "bench": ("lf_jax.commands.bench", "Bench"),
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 
