@@ -155,7 +155,7 @@ class Rollout:
     chunk_frames: int = 3  # latent frames generated together
     independent_first_frame: bool = False  # the first chunk is one frame: 1, 3, 3, ... (image-to-video checkpoints)
     sampler: Literal["few_step", "unipc", "euler"] = "few_step"
-    timesteps: tuple[float, ...] = (1000, 750, 500, 250)  # of `few_step`, before warping
+    timesteps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # of `few_step`, before warping
     warp: bool = True  # send `timesteps` through the shifted schedule (Self-Forcing, `warp_denoising_step`)
     shift: float = 5.0
     num_inference_steps: int = 50  # of `unipc` and `euler`
