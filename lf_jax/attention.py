@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lf_jax import cache as kv
 from lf_jax import config, sparsity
-from lf_jax.arrays import Array, Float, Int
+from lf_jax.arrays import Array, Float, Int, Leaf
 from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.tokens import Grid
 from pallas_kernels import Past, block_sparse_attention, platform
@@ -115,7 +115,7 @@ def without_padding(x: Float[Array, "b padded head e"], grid: Grid) -> Float[Arr
     return frames[:, :, : grid.frame_tokens].reshape(x.shape[0], -1, *x.shape[2:])
 
 
-def _cudnn_reason(q: Array) -> str | None:
+def _cudnn_reason(q: Leaf) -> str | None:
     device = platform.device()
     if device.compute_capability is None or device.compute_capability < (8, 0):
         return f"needs an NVIDIA GPU of compute capability 8.0 or later, this is {device.kind}"
@@ -143,7 +143,7 @@ def _xla(q: Array, k: Array, v: Array, length: Array | None) -> Array:
 
 
 class Dense(NamedTuple):
-    reason: Callable[[Array], str | None]  # why it cannot run for such queries here; None if it can
+    reason: Callable[[Leaf], str | None]  # why it cannot run for such queries here; None if it can
     run: Callable[[Array, Array, Array, Array | None], Array]
 
 
