@@ -57,7 +57,7 @@ def initial_state(config: Config, batch: int, frames: int, keys: Key[Array, " b"
     budgets = chunk_budgets(lengths, 0, grid, config.sparsity, config.cache) if sparse else None
     return RolloutState(
         cache=kv.empty(config.model, grid, config.cache, sparse, batch * branches(config), frames),
-        keys=keys,
+        keys=jnp.copy(keys),  # a donated state must not take the caller's keys along
         chunk=jnp.zeros((), jnp.int32),
         budgets=None if budgets is None else dataclasses.replace(budgets, blocks=jnp.asarray(budgets.blocks)),
     )

@@ -171,12 +171,12 @@ def test_guidance_and_multistep_samplers(sampler):
     np.testing.assert_allclose(got, jnp.concatenate(video, axis=1), atol=2e-5)
 
 
-def test_guidance_with_equal_prompts_or_scale_one_is_the_conditional_branch():
+def test_guidance_of_scale_one_is_the_conditional_branch():
     plain = change(rollout=dict(sampler="euler", num_inference_steps=2))
     noise, keys = draw(2, 3, *FRAME), make_keys(2)
     want, _ = run(MODEL, TEXT, noise, initial_state(plain, 2, 3, keys), plain)
-    twice, other = (jax.tree.map(lambda *a: jnp.concatenate(a, axis=1), TEXT, t) for t in (TEXT, make_text(MODEL, 2, seed=8)))
-    for scale, text, equal in ((5.0, twice, True), (1.0 + 1e-7, other, True), (5.0, other, False)):
+    text = jax.tree.map(lambda c, u: jnp.concatenate([c, u], axis=1), TEXT, make_text(MODEL, 2, seed=8))
+    for scale, equal in ((1 + 1e-7, True), (5.0, False)):
         config = change(plain, rollout=dict(guidance_scale=scale))
         got, _ = run(MODEL, text, noise, initial_state(config, 2, 3, keys), config)
         assert (float(jnp.abs(got - want).max()) < 1e-5) is equal
@@ -220,7 +220,7 @@ def test_gradient_through_a_chunk():
 
     value, (weights, on_x) = quick(jax.value_and_grad(loss, argnums=(0, 1)))(MODEL, x)
     assert type(weights) is type(MODEL)
-    assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(weights))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(weights))
     assert float(jnp.abs(weights.blocks.self_attention.v.kernel[...]).max()) > 0
     way = draw(*x.shape, seed=6)
     numeric = (quick(loss)(MODEL, x + 1e-2 * way) - quick(loss)(MODEL, x - 1e-2 * way)) / 2e-2

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lf_jax import config, noise
@@ -33,13 +34,13 @@ def change(settings=CONFIG, **parts):
     return dataclasses.replace(settings, **new)
 
 
-def make_model(settings=MODEL, seed=0):
-    return dit.WanDiT(settings, rngs=nnx.Rngs(seed))
+@quick
+def make_model(seed=0):
+    return dit.WanDiT(MODEL, rngs=nnx.Rngs(seed))
 
 
 def make_text(model, batch, seed=1):
-    settings = model.config
-    return dit.text_cache(model, jax.random.normal(jax.random.key(seed), (batch, 4, settings.text_dim)))
+    return quick(dit.text_cache)(model, draw(batch, 4, MODEL.text_dim, seed=seed))
 
 
 def make_keys(batch, seed=0):
@@ -47,4 +48,4 @@ def make_keys(batch, seed=0):
 
 
 def draw(*shape, seed=3):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
