@@ -23,8 +23,9 @@ class TimeHalf(nnx.Module):
         first = x[:, :1] if past is None else x[:, :0]
         seen = x if past is None else jnp.concatenate([past, x], axis=1)
         if seen.shape[1] > 1:
-            halved = conv3d(seen, self.kernel[...], time_stride=2) + self.bias[...].astype(jnp.float32)
-            first = jnp.concatenate([first, halved.astype(x.dtype)], axis=1)
+            frames = [seen[:, k : seen.shape[1] - 2 + k : 2] for k in range(2)] + [seen[:, 2::2]]
+            halved = conv3d(frames, self.kernel[...]) + self.bias[...].astype(x.dtype)
+            first = jnp.concatenate([first, halved], axis=1)
         return first, x[:, -1:]
 
 
