@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lf_jax import presets, rollout
+from lf_jax import presets
 from lf_jax.config import Config
 from lf_jax.dit import text_cache
 from lf_jax.generate import begin, decode
 from lf_jax.pipeline import Pipeline, texts
+from lf_jax.rollout import stream
 from lf_jax.text import Embeddings, encode
 from lf_jax.tokens import chunk_lengths, latent_frames
 
@@ -76,7 +77,7 @@ def _chunks(pipe: Pipeline, config: Config, embeddings: Embeddings) -> list[tupl
     text = jax.block_until_ready(jax.jit(text_cache)(pipe.model, pipe.text([PROMPT], config, embeddings)))
     frames = latent_frames(config.video.num_frames, config.vae.temporal_stride)
     state = begin(config, pipe.keys([PROMPT], 0)).rollout
-    chunks, past, found = rollout.stream(pipe.model, text, None, state, config, frames), None, []
+    chunks, past, found = stream(pipe.model, text, None, state, config, frames), None, []
     for _ in chunk_lengths(frames, config.rollout.chunk_frames, config.rollout.independent_first_frame):
         marks = [time.perf_counter()]
         latents, _ = jax.block_until_ready(next(chunks))
