@@ -23,7 +23,6 @@ def test_bench_times_every_stage_of_every_chunk(tmp_path, capsys):
 
 
 def test_bench_refuses_no_repeats(capsys):
-    compiled = compiled_chunk._cache_size()
     assert main(["bench", "--model", "tiny", "--repeats", "0"]) == 2
     assert "--repeats 0 must be positive" in capsys.readouterr().err
 
