@@ -6,6 +6,7 @@ it can be given on the command line: `--rollout.shift 8 --cache.window 12`.
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import signal
 import sys
@@ -82,16 +83,15 @@ def parse(name: str, words: Sequence[str]):
         SystemExit: after `--help`, and after options that do not parse.
     """
     command = load_command(name)
-    defaults = {f.name: tyro.MISSING for f in dataclasses.fields(command) if _required(f)}
-    if "settings" in {f.name for f in dataclasses.fields(command)}:
+    if "settings" in {field.name for field in dataclasses.fields(command)}:
         base = _base_config(_option(words, "--config"), _option(words, "--model"))
-        defaults["settings"] = command.settings if base is None else base
-    return tyro.cli(command, args=list(words), prog=f"lf-jax {name}", default=command(**defaults), registry=_rules)
+        command = command if base is None else functools.partial(command, settings=base)
+    return tyro.cli(command, args=list(words), prog=f"lf-jax {name}", registry=_rules)
 
 
 def overview() -> str:
     """What `lf-jax --help` prints."""
-    lines = ["usage: lf-jax COMMAND [OPTIONS]    (lf-jax COMMAND --help explains a command)", ""]
+    lines = ["usage: lf-jax COMMAND [OPTIONS] [--traceback]    (lf-jax COMMAND --help explains a command)", ""]
     for name in COMMANDS:
         lines.append(f"  {name:<8} {load_command(name).__doc__.splitlines()[0]}")
     return "\n".join(lines)
@@ -119,16 +119,12 @@ def _base_config(config: str | None, model: str | None) -> Config | None:
     return loading.config_of(model, chosen)
 
 
-def _required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
 def _option(words: Sequence[str], name: str) -> str | None:
     """The value of an option before the parser proper runs, in both of its spellings; the last one counts."""
     found = None
-    for word, following in zip(words, [*words[1:], None], strict=True):
-        if word == name and following is not None:
-            found = following
+    for at, word in enumerate(words):
+        if word == name and words[at + 1 :]:
+            found = words[at + 1]
         elif word.startswith(f"{name}="):
             found = word.partition("=")[2]
     return found

@@ -7,18 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from small import CONFIG
 
 import lf_jax
-from lf_jax import checkpoint, loading, pipeline
+from lf_jax import loading, pipeline
 from lf_jax.config import Cache, Rollout, Sparsity
+from lf_jax.rollout import compiled_chunk
 
 PROMPT = "a red ball"
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return lf_jax.load("tiny", CONFIG)
+    return small.pipe()
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +70,6 @@ def test_saved_state_goes_on_bitwise(pipe, video, tmp_path):
 
 
 def test_the_step_is_compiled_once_for_all_chunks(pipe):
-    from lf_jax.rollout import compiled_chunk
-
     list(pipe.stream(PROMPT))
     before = compiled_chunk._cache_size()
     list(pipe.stream("another prompt", seed=9))
@@ -95,15 +95,11 @@ def test_embeddings_replace_the_encoder(pipe, video, monkeypatch):
 
 
 def test_a_converted_folder_makes_the_same_video(pipe, video, tmp_path):
-    encoder, tokenizer = pipe.source.text()
-    for name, part, module in (("dit", "model", pipe.model), ("vae", "vae", pipe.vae), ("text", "text", encoder)):
-        checkpoint.save_component(tmp_path, name, getattr(CONFIG, part), module)
-    (tmp_path / "text" / "spiece.model").write_bytes(tokenizer.model)
-    checkpoint.save_settings(tmp_path, CONFIG)
+    small.save(tmp_path)
     loaded = lf_jax.load(tmp_path)
     assert loaded.config == CONFIG
     np.testing.assert_array_equal(loaded(PROMPT, seed=3), video)
-    assert loaded.source.fingerprint() == pipe.source.fingerprint(encoder, tokenizer)
+    assert loaded.source.fingerprint() == pipe.encode(PROMPT).encoder
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, layers=3))
     with pytest.raises(ValueError, match="model.layers=3 but .* was converted with 2"):
         lf_jax.load(tmp_path, other)
