@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminate_as_interrupt():
             return parse(name, words).run() or 0
+    except BrokenPipeError:  # `| head` has seen enough; what the interpreter flushes at exit must not raise again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         note(f"lf-jax {name}: interrupted")
         return INTERRUPTED

@@ -14,7 +14,11 @@ from lf_jax.commands.console import byte_progress, note, show_config
 from lf_jax.config import check
 
 Family = Literal[tuple(convert.FAMILIES)]  # type: ignore[valid-type]
-FAMILY_HELP = "; ".join(f"{name}: {family.about}" for name, family in convert.FAMILIES.items())
+FAMILY = tyro.conf.arg(
+    metavar="FAMILY", help="\n\n".join(f"{name}: {family.about}" for name, family in convert.FAMILIES.items())
+)
+Source = Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="SOURCE")]
+Target = Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="TARGET")]
 Dtype = Literal["keep", "bfloat16", "float32", "float16"]
 
 
@@ -31,9 +35,9 @@ class Convert:
              lf-jax convert umt5 models_t5_umt5-xxl-enc-bf16.pth DIR
     """
 
-    family: Annotated[tyro.conf.Positional[Family], tyro.conf.arg(help=FAMILY_HELP)]
-    source: tyro.conf.Positional[pathlib.Path]  # file, index of files, or folder
-    target: tyro.conf.Positional[pathlib.Path]  # converted folder; made if it is absent
+    family: Annotated[tyro.conf.Positional[Family], FAMILY]
+    source: Source  # file, index of files, or folder
+    target: Target  # converted folder; made if it is absent
     preset: str | None = None  # preset or Python file that the source must fit and whose settings the folder takes
     ema: bool = False  # take the averaged weights of a training checkpoint
     dtype: Dtype = "keep"  # of the tensors in the folder; keep: as they are in the source
@@ -75,9 +79,9 @@ class Export:
     Example: lf-jax export self_forcing DIR self_forcing.pt
     """
 
-    family: Annotated[tyro.conf.Positional[Family], tyro.conf.arg(help=FAMILY_HELP)]
-    source: tyro.conf.Positional[pathlib.Path]  # converted folder
-    target: tyro.conf.Positional[pathlib.Path]  # file to write: .safetensors, or .pt and .pth, which need torch
+    family: Annotated[tyro.conf.Positional[Family], FAMILY]
+    source: Source  # converted folder
+    target: Target  # file to write: .safetensors, or .pt and .pth, which need torch
     component: Literal["dit", "vae", "text"] | None = None  # which one, where the family has several
     dtype: Dtype = "keep"  # of the tensors in the file
     overwrite: bool = False  # replace the file if it exists
