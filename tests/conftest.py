@@ -2,10 +2,13 @@
 
 import os
 
-if "gpu" not in os.environ.get("PYTEST_ADDOPTS", "") and "LF_JAX_TEST_GPU" not in os.environ:
+if "LF_JAX_TEST_GPU" not in os.environ:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from jaxtyping import install_import_hook
+# Interpreted kernels block a thread of XLA's pool at every barrier; one pool thread per core is too few on a small machine.
+os.environ.setdefault("NPROC", "8")
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(["lf_jax", "convert"], "beartype.beartype")
 
