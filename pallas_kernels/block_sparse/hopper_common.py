@@ -1,0 +1,81 @@
+"""What the Hopper kernels share: layouts, the block arithmetic, the way of starting one."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.block_sparse.types import Past
+
+ROWS = 64  # of a warpgroup: queries, or in the gradient of the keys, keys
+LOG2E = math.log2(math.e)
+SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+MATRIX, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    stages: int = 2  # of `queries`: key and value tiles in flight
+    parts: int = 3  # of `queries`: into which the lists of the last wave are cut; 1 leaves it
+    key_stages: int = 2  # of `keys`: query tiles in flight for each warpgroup
+    multiprocessors: int = 132
+    interpret: object = None  # `InterpretGPUParams` runs on the CPU
+
+    def __post_init__(self):
+        for name in ("stages", "parts", "key_stages", "multiprocessors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+def stacked(past: Past | None, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+    """The past as [layer * b, s, head, e], its row for each batch row, and its tokens; the chunk stands in for none."""
+    b = k.shape[0]
+    if past is None:
+        return k, v, jnp.arange(b, dtype=jnp.int32), 0
+    flat = (-1, *past.k.shape[2:])
+    rows = past.layer.astype(jnp.int32) * b + jnp.arange(b, dtype=jnp.int32)
+    return past.k.reshape(flat), past.v.reshape(flat), rows, past.k.shape[2]
+
+
+def live(block, block_k: int, frame_tokens: int | None):
+    """Live tokens of a key block; a number where every block is whole."""
+    if frame_tokens is None or frame_tokens % block_k == 0:
+        return block_k
+    frame_blocks = -(-frame_tokens // block_k)
+    return lax.select(lax.rem(block, frame_blocks) == frame_blocks - 1, frame_tokens % block_k, block_k)
+
+
+def iota(shape: tuple[int, ...], axis: int, config: BackwardConfig) -> jax.Array:
+    if config.interpret is not None:
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
+
+
+def zeros(shape: tuple[int, ...], config: BackwardConfig) -> jax.Array:
+    zeros = jnp.zeros(shape, jnp.float32)
+    return zeros if config.interpret is not None else plgpu.layout_cast(zeros, MATRIX)
+
+
+def vector(ref, layout: object) -> jax.Array:
+    """A row of shared memory, in the registers of a matrix's rows or columns."""
+    whole = {"idx": ()} if jax.__version_info__ < (0, 11) else {}  # required until 0.10, deprecated since
+    return plgpu.load(ref, **whole, layout=layout, optimized=False)
+
+
+def across(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    return lax.broadcast_in_dim(vector, shape, [axis])
+
+
+def dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
+    """a @ b (contract 0) or a @ b^T (1): stands for the tensor cores in the interpreter, which knows no wgmma with a
+    left operand in registers."""
+    return lax.dot_general(a, b, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def kernel(body, config: BackwardConfig, **kwargs):
+    extra = {} if config.interpret is None else {"interpret": config.interpret}
+    params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    return plgpu.kernel(body, num_threads=3, thread_name="wg", compiler_params=params, **kwargs, **extra)

@@ -1,0 +1,253 @@
+"""Gradients of the keys and values for Hopper: see `hopper_backward.py`."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.block_sparse import lists
+from pallas_kernels.block_sparse.hopper_common import (
+    COLUMN,
+    LOG2E,
+    ROWS,
+    SWIZZLED,
+    across,
+    dot,
+    iota,
+    kernel,
+    live,
+    stacked,
+    vector,
+    zeros,
+)
+
+
+def keys(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, past_gradient, config):
+    """(dk, dv, (dk, dv of the past's layer) or None). stats [b, head, 2, tq padded to 128]: lse in base 2, delta."""
+    B, tq, H, D = q.shape
+    dtype, S, block_q, block_k = q.dtype, config.key_stages, blocks.block_q, blocks.block_k
+    interp = config.interpret is not None
+    subs = block_q // ROWS  # tiles of queries to a list entry
+    group = max(ROWS // block_k, 1)  # key blocks that share a tile of keys: their lists are merged
+    sharers = max(block_k // ROWS, 1)  # tiles of keys that share a list
+    past_k, past_v, rows, slots = stacked(past, k, v)
+    old_lists = slots // block_k if past_gradient else 0
+    index, count = lists.transpose(blocks, slots // block_k, k.shape[1] // block_k, group)
+    if past_gradient:
+        old_index, old_count = lists.transpose(blocks, 0, old_lists, group)
+        index, count = jnp.concatenate([old_index, index], axis=2), jnp.concatenate([old_count, count], axis=2)
+    old_tiles = -(-slots // ROWS) if past_gradient else 0
+    tiles = index.shape[2] * sharers
+
+    # Longest first, dealt to and fro: (tile of keys, entries of its list).
+    items = B * H * tiles
+    lengths = jnp.repeat(count, sharers, axis=2).reshape(items)
+    key = jnp.sort((index.shape[3] - lengths) * items + jnp.arange(items, dtype=jnp.int32))  # one array to sort, not two
+    work = jnp.stack([key % items, index.shape[3] - key // items], axis=1)
+    workers = 2 * config.multiprocessors
+    rounds = -(-items // workers)
+
+    def body(q_g, do_g, stats_g, k_g, v_g, pk_g, pv_g, rows_g, index_g, work_g, dk_g, dv_g, dpk_g, dpv_g,
+             k_s, v_s, q_s, do_s, stats_s, kv_full, kv_free, full, free):  # fmt: skip
+        cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+
+        def item(r, worker):
+            """Whether there is one, its batch row, head and tile of keys, its list and the tiles of queries in it."""
+            turn = lax.select(lax.rem(r, 2) == 0, worker, workers - 1 - worker)
+            at = r * workers + turn
+            exists = at < items
+            at = lax.min(at, items - 1)
+            number, entries = work_g[at, 0], work_g[at, 1]
+            head, j = lax.div(number, tiles), lax.rem(number, tiles)
+            b, h = lax.div(head, H), lax.rem(head, H)
+            return exists, b, h, j, lax.div(j, sharers), lax.select(exists, entries * subs, 0)
+
+        def in_source(j):
+            """The tile's number within the past or the chunk."""
+            return lax.select(j < old_tiles, j, j - old_tiles) if old_tiles else j
+
+        def either(j, old, new):
+            """Calls `old` for a tile of the past, `new` for one of the chunk."""
+            if old_tiles:
+                pl.when(j < old_tiles)(old)
+                pl.when(j >= old_tiles)(new)
+            else:
+                new()
+
+        @pl.when(wg < 2)
+        def consumer():
+            plgpu.set_max_registers(240, action="increase")
+            worker = cta * 2 + wg
+            ks, vs = k_s.at[wg], v_s.at[wg]
+
+            def alive(x, j):
+                """Zero in the rows of dead keys."""
+                if frame_tokens is None or frame_tokens % block_k == 0:
+                    return x
+                row, tile = iota(x.shape, 0, config), in_source(j)
+                if group == 1:
+                    keep = row < live(lax.div(tile, sharers), block_k, frame_tokens) - lax.rem(tile, sharers) * ROWS
+                else:
+                    keep = None
+                    for g in range(group):
+                        end = g * block_k + live(tile * group + g, block_k, frame_tokens)
+                        inside = (row >= g * block_k) & (row < end)
+                        keep = inside if keep is None else keep | inside
+                return jnp.where(keep, x, 0.0)
+
+            def store(b, h, j, dk, dv):
+                ks[...] = alive(dk, j).astype(dtype)
+                vs[...] = alive(dv, j).astype(dtype)
+                plgpu.commit_smem()
+                here = pl.ds(in_source(j) * ROWS, ROWS)
+
+                def put(to_k, to_v):
+                    plgpu.copy_smem_to_gmem(ks, to_k.at[b, here, h])
+                    plgpu.copy_smem_to_gmem(vs, to_v.at[b, here, h])
+
+                either(j, lambda: put(dpk_g, dpv_g), lambda: put(dk_g, dv_g))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            def members(s, entry):
+                """-inf for the rows of keys whose own block is not named by this entry."""
+                row, keep = iota(s.shape, 0, config), None
+                for g in range(group):
+                    named = lax.rem(lax.div(entry, 2**g), 2) == 1
+                    end = lax.select(named, (g + 1) * block_k, 0)
+                    inside = (row >= g * block_k) & (row < end)
+                    keep = inside if keep is None else keep | inside
+                return jnp.where(keep, s, -jnp.inf)
+
+            def one(r, base):
+                exists, b, h, j, line, n = item(r, worker)
+
+                @pl.when(exists & (n == 0))
+                def _():
+                    store(b, h, j, zeros((ROWS, D), config), zeros((ROWS, D), config))
+
+                def step(i, carry):
+                    dk, dv = carry
+                    now = wg * S + lax.rem(base + i, S)
+                    plgpu.barrier_wait(full.at[now])
+
+                    def stat(c):
+                        return across(vector(stats_s.at[now, c], COLUMN), (ROWS, ROWS), 1)
+
+                    def weight(s):
+                        s = s * (scale * LOG2E)
+                        if group > 1:
+                            s = members(s, index_g[b, h, line, lax.div(i, subs)])
+                        return jnp.exp2(s - stat(0))
+
+                    def slope(p, dp):
+                        return (p * (dp - stat(1))).astype(dtype)
+
+                    if interp:
+                        p = weight(dot(ks[...], q_s[now], 1))
+                        dv = dv + dot(p.astype(dtype), do_s[now], 0)
+                        dk = dk + dot(slope(p, dot(vs[...], do_s[now], 1)), q_s[now], 0)
+                        plgpu.commit_smem()
+                    else:
+
+                        def products(refs):
+                            dk_ref, dv_ref = refs
+
+                            def inner(s_ref, dp_ref):
+                                plgpu.wgmma(s_ref, ks, q_s.at[now].T)
+                                plgpu.wgmma(dp_ref, vs, do_s.at[now].T)
+                                p = weight(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
+                                plgpu.wgmma(dv_ref, p.astype(dtype), do_s.at[now])
+                                ds = slope(p, plgpu.wgmma_accumulator_load(dp_ref, wait_n=1))
+                                plgpu.wgmma(dk_ref, ds, q_s.at[now])
+
+                            acc = plgpu.ACC((ROWS, ROWS), jnp.float32)
+                            pl.run_scoped(inner, acc, acc)
+                            plgpu.wgmma_wait(0)
+
+                        dk, dv = pl.run_state(products)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+                    plgpu.barrier_arrive(free.at[now])
+                    return dk, dv
+
+                @pl.when(n > 0)
+                def _():
+                    plgpu.barrier_wait(kv_full.at[wg])
+                    dk, dv = lax.fori_loop(0, n, step, (zeros((ROWS, D), config), zeros((ROWS, D), config)))
+                    store(b, h, j, dk * scale, dv)
+                    plgpu.barrier_arrive(kv_free.at[wg])
+
+                return base + n
+
+            lax.fori_loop(0, rounds, one, 0)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == 2)
+        def producer():
+            plgpu.set_max_registers(24, action="decrease")
+
+            def run(stream):
+                def one(r, base):
+                    _, b, h, j, line, n = item(r, cta * 2 + stream)
+
+                    @pl.when((n > 0) & (r > 0))  # whatever follows an empty list is empty
+                    def _():
+                        plgpu.barrier_wait(kv_free.at[stream])
+
+                    @pl.when(n > 0)
+                    def _():
+                        here = pl.ds(in_source(j) * ROWS, ROWS)
+
+                        def get(from_k, from_v, row):
+                            plgpu.copy_gmem_to_smem(from_k.at[row, here, h], k_s.at[stream], kv_full.at[stream])
+                            plgpu.copy_gmem_to_smem(from_v.at[row, here, h], v_s.at[stream], kv_full.at[stream])
+
+                        either(j, lambda: get(pk_g, pv_g, rows_g[b]), lambda: get(k_g, v_g, b))
+
+                    @pl.loop(0, n)
+                    def _(i):
+                        s = stream * S + lax.rem(base + i, S)
+                        entry = index_g[b, h, line, lax.div(i, subs)]
+                        entry = entry if group == 1 else lax.div(entry, 2**group)
+                        these = pl.ds(entry * block_q + lax.rem(i, subs) * ROWS, ROWS)
+
+                        @pl.when(base + i >= S)
+                        def _():
+                            plgpu.barrier_wait(free.at[s])
+
+                        plgpu.copy_gmem_to_smem(q_g.at[b, these, h], q_s.at[s], full.at[s])
+                        plgpu.copy_gmem_to_smem(do_g.at[b, these, h], do_s.at[s], full.at[s])
+                        plgpu.copy_gmem_to_smem(stats_g.at[b, h, :, these], stats_s.at[s], full.at[s])
+
+                    return base + n
+
+                total = lax.fori_loop(0, rounds, one, 0)
+
+                @pl.loop(lax.max(total - S, 0), total)  # no barrier may be left with an arrival that nobody saw
+                def _(i):
+                    plgpu.barrier_wait(free.at[stream * S + lax.rem(i, S)])
+
+                @pl.when(total > 0)
+                def _():
+                    plgpu.barrier_wait(kv_free.at[stream])
+
+            @plgpu.warp_map
+            def per_warp(warp):
+                for stream in (0, 1):
+                    pl.when(warp == stream)(lambda stream=stream: run(stream))
+
+    held = plgpu.SMEM((2, ROWS, D), dtype, transforms=SWIZZLED)
+    moving = plgpu.SMEM((2 * S, ROWS, D), dtype, transforms=SWIZZLED)
+    old = jax.ShapeDtypeStruct((B, slots, H, D) if past_gradient else (1, ROWS, H, D), dtype)
+    dk, dv, dpk, dpv = kernel(
+        body,
+        config,
+        out_type=(jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(k.shape, dtype), old, old),
+        grid=(config.multiprocessors,),
+        grid_names=("cta",),
+        scratch_types=[
+            *(held, held, moving, moving, plgpu.SMEM((2 * S, 2, ROWS), jnp.float32)),
+            *(plgpu.Barrier(num_barriers=2, num_arrivals=2), plgpu.Barrier(num_barriers=2)),
+            *(plgpu.Barrier(num_barriers=2 * S, num_arrivals=3), plgpu.Barrier(num_barriers=2 * S)),
+        ],
+    )(q, dout, stats, k, v, past_k, past_v, rows, index, work)
+    return dk, dv, (dpk, dpv) if past_gradient else None

@@ -1,0 +1,233 @@
+"""Gradients of the Hopper kernels against autodiff of the float32 reference, and the lists that they walk."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.block_sparse import hopper_backward, lists, reference
+from pallas_kernels.block_sparse.hopper_common import BackwardConfig
+from pallas_kernels.block_sparse.types import BlockMap, Past
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    b: int = 1
+    tq: int = 128
+    heads: int = 2
+    e: int = 64
+    past: int = 1  # frames
+    chunk: int = 1  # frames
+    frame: int = 128  # live tokens of one
+    block_q: int = 128
+    block_k: int = 64
+    width: int = 3
+    least: int = 0  # entries of a list at least
+    layers: int = 2
+    past_gradient: bool = False
+    parts: int = 1
+    multiprocessors: int = 2
+
+    @property
+    def padded(self):
+        return -(-self.frame // self.block_k) * self.block_k
+
+
+CASES = {
+    "past frozen": Case(),
+    "past": Case(past_gradient=True),
+    "no past, head dimension 128": Case(past=0, chunk=2, e=128, least=1),
+    "ragged, dead tokens, merged lists, a cut wave, batch 2": Case(
+        b=2, tq=200, heads=3, past=2, frame=72, block_k=32, width=7, parts=3, multiprocessors=5, past_gradient=True
+    ),
+    "64 queries to a list": Case(tq=200, frame=200, block_q=64, width=6, parts=2, multiprocessors=3),
+    "64 queries, 128 keys": Case(tq=192, frame=200, block_q=64, block_k=128, width=3, least=2, past_gradient=True),
+    "empty lists": Case(width=1, least=0, heads=4),
+}
+
+
+def arguments(case: Case, seed: int = 0):
+    draw = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(draw.standard_normal(shape), jnp.bfloat16)
+
+    head, tk, slots = (case.heads, case.e), case.chunk * case.padded, case.past * case.padded
+    q, dout = normal(case.b, case.tq, *head), normal(case.b, case.tq, *head)
+    k, v = normal(case.b, tk, *head), normal(case.b, tk, *head)
+    past = None
+    if case.past:
+        stacked = (case.layers, case.b, slots, *head)
+        past = Past(normal(*stacked), normal(*stacked), jnp.int32(case.layers - 1))
+    shape = (case.b, case.heads, -(-case.tq // case.block_q))
+    order = np.argsort(draw.random((*shape, (tk + slots) // case.block_k)), axis=-1)
+    count = draw.integers(case.least, case.width + 1, shape)
+    index = jnp.asarray(order[..., : case.width], jnp.int32)
+    return q, k, v, past, BlockMap(index, jnp.asarray(count, jnp.int32), case.block_q, case.block_k), dout
+
+
+def expected(q, k, v, past, blocks, dout, scale, frame_tokens):
+    """(out, lse) in float32 and the gradients of q, k, v and of the layer of the past that was read."""
+    wide = functools.partial(jnp.asarray, dtype=jnp.float32)
+    old = None if past is None else (wide(past.k), wide(past.v))
+
+    def attend(q, k, v, old):
+        return reference.attention(q, k, v, blocks, old and Past(*old, past.layer), scale, frame_tokens)
+
+    (out, lse), pull = jax.vjp(attend, wide(q), wide(k), wide(v), old)
+    dq, dk, dv, dpast = pull((wide(dout), jnp.zeros_like(lse)))
+    return out, lse, (dq, dk, dv, dpast and tuple(array[past.layer] for array in dpast))
+
+
+def gradients(case: Case, config: BackwardConfig, seed: int = 0):
+    """What the kernels give and what they should."""
+    q, k, v, past, blocks, dout = arguments(case, seed)
+    scale, frame_tokens = 0.7 * case.e**-0.5, None if case.frame == case.padded else case.frame
+    out, lse, wanted = expected(q, k, v, past, blocks, dout, scale, frame_tokens)
+    run = functools.partial(
+        hopper_backward.backward,
+        scale=scale,
+        frame_tokens=frame_tokens,
+        past_gradient=case.past_gradient,
+        config=config,
+    )
+    got = jax.jit(run)(q, k, v, past, blocks, out.astype(q.dtype), lse, dout)
+    return got, wanted if case.past_gradient else (*wanted[:3], None)
+
+
+def assert_close(got, wanted):
+    """Relative L2; the operands of the products are bfloat16, which alone gives 2.4e-3."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for have, want in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert have.shape == want.shape and have.dtype == jnp.bfloat16
+        error = jnp.linalg.norm(have.astype(jnp.float32) - want)
+        assert error <= 3e-3 * jnp.linalg.norm(want), float(error / jnp.linalg.norm(want))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 knows no transposed operand, no warps")
+@pytest.mark.parametrize("name", CASES)
+def test_in_the_interpreter(name):
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    case = CASES[name]
+    interpret = InterpretGPUParams(detect_races=True)
+    assert_close(*gradients(case, BackwardConfig(parts=case.parts, multiprocessors=case.multiprocessors, interpret=interpret)))
+    assert not interpret_pallas_call.get_races().races_found
+
+
+def test_the_cases_cover_what_they_name():
+    """Lists that are empty and full, dead keys, and a wave that is cut."""
+    counts = np.concatenate([np.ravel(arguments(case)[4].count) for case in CASES.values()])
+    assert (counts == 0).any() and (counts == 7).any()
+    cut = CASES["ragged, dead tokens, merged lists, a cut wave, batch 2"]
+    assert cut.b * cut.heads * 2 % cut.multiprocessors and cut.padded > cut.frame
+
+
+@pytest.mark.parametrize("block_q, block_k, past_gradient", [(128, 64, True), (128, 32, False), (64, 128, True)])
+def test_full_size_lowers_without_a_gpu(block_q, block_k, past_gradient):
+    """Shared memory, shapes and layouts are checked on the way."""
+    frame, tq, heads, e = 1560, 4680, 12, 128
+    padded = -(-frame // block_k) * block_k
+    array = jax.ShapeDtypeStruct
+    q, k = array((1, tq, heads, e), jnp.bfloat16), array((1, 3 * padded, heads, e), jnp.bfloat16)
+    old = array((30, 1, 9 * padded, heads, e), jnp.bfloat16)
+    rows = (1, heads, -(-tq // block_q))
+    blocks = BlockMap(array((*rows, 40), jnp.int32), array(rows, jnp.int32), block_q, block_k)
+    run = functools.partial(
+        hopper_backward.backward, scale=0.1, frame_tokens=frame, past_gradient=past_gradient, config=BackwardConfig()
+    )
+    lse, past = array((1, heads, tq), jnp.float32), Past(old, old, array((), jnp.int32))
+    text = jax.jit(run).trace(q, k, k, past, blocks, q, lse, q).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
+    dq, dk, dv, dpast = jax.eval_shape(run, q, k, k, past, blocks, q, lse, q)
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)
+    assert [array.shape for array in dpast or ()] == [old.shape[1:]] * (2 * past_gradient)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_q", [128, 64])
+@pytest.mark.parametrize("block_k", [128, 64, 32])
+@pytest.mark.parametrize("e", [128, 64])
+@pytest.mark.parametrize("frame", [256, 200])
+def test_on_the_gpu(block_q, block_k, e, frame):
+    case = Case(b=2, tq=3 * frame, heads=3, e=e, past=3, chunk=3, frame=frame, block_q=block_q, block_k=block_k)
+    case = dataclasses.replace(case, width=4 * case.padded // block_k, past_gradient=True)
+    for config in (
+        BackwardConfig(),
+        BackwardConfig(parts=1, multiprocessors=3),
+        BackwardConfig(parts=2, stages=1, key_stages=1),
+    ):
+        assert_close(*gradients(case, config))
+
+
+@pytest.mark.gpu
+def test_repeats_to_the_bit_at_full_size():
+    case = Case(tq=4608, heads=12, e=128, past=9, chunk=3, frame=1536, width=35, least=35, past_gradient=True)
+    q, k, v, past, blocks, dout = arguments(case)
+    lse = jnp.full((1, 12, 4608), 8.0)
+    run = functools.partial(hopper_backward.backward, scale=0.1, frame_tokens=None, past_gradient=True, config=BackwardConfig())
+    first, second = (jax.jit(run)(q, k, v, past, blocks, dout, lse, dout) for _ in range(2))
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, first, second)))
+
+
+@pytest.mark.parametrize("change", [{"block_q": 32}, {"block_k": 16}, {"e": 32}, {"dtype": "float32"}])
+def test_what_the_kernels_are_not_made_for(change):
+    change = dict(change)
+    dtype = change.pop("dtype", "bfloat16")
+    q, k, v, _, blocks, dout = arguments(dataclasses.replace(Case(past=0, width=1), **change))
+    q, lse = q.astype(dtype), jnp.zeros((1, 2, 128))
+    with pytest.raises(NotImplementedError, match="must be"):
+        hopper_backward.backward(
+            q, k, v, None, blocks, q, lse, dout, scale=1.0, frame_tokens=None, past_gradient=False, config=BackwardConfig()
+        )
+
+
+def test_config_checks_itself():
+    with pytest.raises(ValueError, match="stages=0"):
+        BackwardConfig(stages=0)
+
+
+def random_map(seed, b=2, heads=2, queries=5, width=6, key_blocks=9):
+    draw = np.random.default_rng(seed)
+    index = np.argsort(draw.random((b, heads, queries, key_blocks)), axis=-1)[..., :width].astype(np.int32)
+    count = draw.integers(0, width + 1, (b, heads, queries)).astype(np.int32)
+    return index, count, BlockMap(jnp.asarray(index), jnp.asarray(count), 128, 32)
+
+
+@pytest.mark.parametrize("first, number, group", [(0, 9, 1), (4, 5, 1), (0, 9, 2), (3, 6, 2), (2, 1, 2)])
+def test_transposed_lists(first, number, group):
+    index, count, blocks = random_map(first + group)
+    lists_of, lengths = jax.jit(functools.partial(lists.transpose, first=first, number=number, group=group))(blocks)
+    assert lists_of.shape == (2, 2, -(-number // group), 5)
+    for b, h, j in np.ndindex(*lengths.shape):
+        wanted = []
+        for i in range(5):
+            named = set(index[b, h, i, : count[b, h, i]].tolist())
+            keys = [first + j * group + g for g in range(group) if j * group + g < number]
+            members = sum(2**g for g, key in enumerate(keys) if key in named)
+            if members:
+                wanted.append(i if group == 1 else i * 2**group + members)
+        assert lists_of[b, h, j, : lengths[b, h, j]].tolist() == wanted
+        assert not lists_of[b, h, j, lengths[b, h, j] :].any()
+
+
+def test_blocks_with_dead_tokens_go_last():
+    index, count, blocks = random_map(1)
+    ordered, whole = jax.jit(functools.partial(lists.live_first, frame_tokens=80))(blocks)  # three blocks of 32, 16 dead tokens
+    for at in np.ndindex(*count.shape):
+        listed = index[at][: count[at]].tolist()
+        short = [j for j in listed if j % 3 == 2]
+        assert ordered[at].tolist()[: count[at]] == [j for j in listed if j % 3 != 2] + short
+        assert whole[at] == count[at] - len(short)
+
+
+@pytest.mark.parametrize("frame_tokens", [None, 96])
+def test_without_dead_tokens_lists_stay(frame_tokens):
+    index, count, blocks = random_map(2)
+    ordered, whole = lists.live_first(blocks, frame_tokens)
+    np.testing.assert_array_equal(ordered, np.where(np.arange(6) < count[..., None], index, 0))
+    np.testing.assert_array_equal(whole, count)
