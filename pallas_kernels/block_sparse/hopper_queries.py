@@ -71,7 +71,7 @@ def queries(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, config):
 
         @pl.when(wg < 2)
         def consumer():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             stream = wg if streams == 2 else 0
             qt, entries, first, n = walk(stream)
             start = at * 2 * ROWS + wg * ROWS
@@ -156,7 +156,7 @@ def queries(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, config):
 
         @pl.when(wg == 2)
         def producer():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
 
             def run(stream):
                 qt, entries, first, n = walk(stream)
