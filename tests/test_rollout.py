@@ -1,6 +1,7 @@
 """The rollout against ways to the same numbers that have no cache, no scan, or no interruption."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ from tiny_rollout import CONFIG, FRAME, SPARSE, change, draw, make_keys, make_mo
 from lf_jax import cache as kv
 from lf_jax import flow, rope, solvers
 from lf_jax import noise as seeded
+from lf_jax.config import Cache
 from lf_jax.dit import model as dit
 from lf_jax.rollout import denoise_chunk, draws, initial_state, prefill, rollout
 from lf_jax.tokens import Grid, chunk_lengths
@@ -20,6 +22,7 @@ run = quick(rollout, static_argnames="config")
 fill = quick(prefill, static_argnames="config")
 MODEL = make_model()
 TEXT = make_text(MODEL, 2)
+EVERY_FRAME = Cache()
 POLICIES = ["light_forcing", "topk", "window", "full", "oracle"]
 
 
@@ -28,58 +31,74 @@ def every_block(policy):
     return dataclasses.replace(SPARSE, policy=policy, target=0.0, base=None, keep_frames=100, near_frames=90)
 
 
-def one_pass(model, x, timestep, text, lengths):
-    """Velocities of a whole video in one block-causal pass: no cache, no scan, a mask instead."""
-    settings = model.config
-    b, frames, grid = x.shape[0], x.shape[1], Grid.of(CONFIG)
-    chunk = np.repeat(np.repeat(np.arange(len(lengths)), lengths), grid.frame_tokens)
+def views(lengths, settings):
+    """For every chunk: its frames and, of all frames it attends to, the numbers and the positions they are rotated to."""
+    for start, length in zip(np.cumsum((0, *lengths[:-1])), lengths, strict=True):
+        past, own = list(range(start)), list(range(start, start + length))
+        if settings.window is not None and start + length > settings.window:
+            past = past[: settings.sink] + past[start - (settings.window - settings.sink - length) :]
+        seen = past + own
+        yield own, seen, (range(len(seen)) if settings.positions == "relative" else seen)
+
+
+def one_pass(model, x, timestep, text, lengths, settings):
+    """Velocities of a whole video in one pass over all frames: no cache, no scan, every chunk with a view of its own."""
+    b, frames, grid, head_dim = x.shape[0], x.shape[1], Grid.of(CONFIG), model.config.head_dim
+
+    def of(tokens, numbers):
+        tokens = tokens.reshape(b, frames, grid.frame_tokens, *tokens.shape[2:])[:, np.asarray(numbers)]
+        return tokens.reshape(b, -1, *tokens.shape[3:])
+
+    def at(tokens, numbers, positions):
+        angles = [rope.angles(jnp.int32(p), 1, grid.rows, grid.columns, head_dim) for p in positions]
+        return rope.rotate(of(tokens, numbers), jnp.concatenate(angles))
 
     def attend(q, k, v):
-        logits = jnp.einsum("bqhe,bkhe->bhqk", q, k) / np.sqrt(q.shape[-1])
-        weights = jax.nn.softmax(jnp.where(chunk[:, None] >= chunk, logits, -jnp.inf), axis=-1)
-        return jnp.einsum("bhqk,bkhe->bqhe", weights, v), kv.ChunkKV(k, v, None)
+        out = []
+        for own, seen, position in views(lengths, settings):
+            logits = jnp.einsum("bqhe,bkhe->bhqk", at(q, own, position[-len(own) :]), at(k, seen, position)) / np.sqrt(head_dim)
+            out.append(jnp.einsum("bhqk,bkhe->bqhe", jax.nn.softmax(logits, axis=-1), of(v, seen)))
+        return jnp.concatenate(out, axis=1), kv.ChunkKV(k, v, None)
 
     time, modulation = dit.embed_time(model, jnp.broadcast_to(timestep, (b, frames)))
-    angles = rope.angles(jnp.int32(0), frames, grid.rows, grid.columns, settings.head_dim)
     tokens = dit.patchify(model, x)
-    for i in range(settings.layers):
+    unrotated = jnp.zeros((tokens.shape[1], head_dim // 2))
+    for i in range(model.config.layers):
         block = jax.tree.map(lambda a, i=i: a[i], model.blocks)
-        tokens, _ = block(tokens, modulation, angles, text.k[i], text.v[i], attend)
+        tokens, _ = block(tokens, modulation, unrotated, text.k[i], text.v[i], attend)
     return dit.unpatchify(model, model.head(tokens, time), grid)
 
 
-def without_cache(model, text, noise, step_noise, lengths, timesteps):
-    """The sampler of the paper in Python: the clean past and the noisy chunk go through the network together."""
-    passes = {}
-    clean = noise[:, :0]
+def without_cache(model, text, noise, step_noise, lengths, settings):
+    """The sampler of the paper in Python: clean past and noisy chunk go through the network together.
+
+    The frames after the chunk are still zero, and no view has them.
+    """
+    network, video = quick(partial(one_pass, lengths=lengths, settings=settings)), jnp.zeros_like(noise)
+    timesteps = solvers.schedule(CONFIG.rollout).timestep.tolist()
     for start, length in zip(np.cumsum((0, *lengths[:-1])), lengths, strict=True):
-        x, here = noise[:, start : start + length], slice(start, start + length)
-        done = lengths[: list(np.cumsum((0, *lengths))).index(start) + 1]
-        call = passes.setdefault(done, quick(partial(one_pass, lengths=done)))
+        here = slice(start, start + length)
+        x = noise[:, here]
         for i, t in enumerate(timesteps):
-            times = jnp.asarray([0.0] * start + [t] * length)
-            x = x - t / 1000 * call(model, jnp.concatenate([clean, x], axis=1), times, text)[:, start:]
+            times = jnp.zeros(sum(lengths)).at[here].set(t)
+            x = x - t / 1000 * network(model, video.at[:, here].set(x), times, text)[:, here]
             if i + 1 < len(timesteps):
                 after = timesteps[i + 1] / 1000
                 x = (1 - after) * x + after * step_noise[i][:, here]
-        clean = jnp.concatenate([clean, x], axis=1)
-    return clean
+        video = video.at[:, here].set(x)
+    return video
 
 
-@pytest.fixture(scope="module")
-def wanted():
-    """Noise and the cache-free result, for chunks of 3 and for 1, 3, 3."""
-    timesteps = solvers.schedule(CONFIG.rollout).timestep.tolist()
-    result = {}
-    for lengths in ((3, 3, 3), (1, 3, 3)):
-        noise, steps = draw(2, sum(lengths), *FRAME), draw(1, 2, sum(lengths), *FRAME, seed=4)
-        result[lengths] = noise, steps, without_cache(MODEL, TEXT, noise, steps, lengths, timesteps)
-    return result
+@functools.cache
+def wanted(lengths, settings=EVERY_FRAME):
+    """Noise, step noise and the cache-free video."""
+    noise, steps = draw(2, sum(lengths), *FRAME), draw(1, 2, sum(lengths), *FRAME, seed=4)
+    return noise, steps, without_cache(MODEL, TEXT, noise, steps, lengths, settings)
 
 
 @pytest.mark.parametrize("policy", ["dense", *POLICIES])
-def test_cached_rollout_equals_block_causal_passes(policy, wanted):
-    noise, steps, want = wanted[3, 3, 3]
+def test_cached_rollout_equals_block_causal_passes(policy):
+    noise, steps, want = wanted((3, 3, 3))
     config = change(sparsity=every_block(policy))
     state = initial_state(config, 2, 9, make_keys(2))
     got, after = run(MODEL, TEXT, noise, state, config, steps)
@@ -89,8 +108,8 @@ def test_cached_rollout_equals_block_causal_passes(policy, wanted):
 
 
 @pytest.mark.parametrize("policy", ["dense", "light_forcing"])
-def test_a_first_chunk_of_one_frame(policy, wanted):
-    noise, steps, want = wanted[1, 3, 3]
+def test_a_first_chunk_of_one_frame(policy):
+    noise, steps, want = wanted((1, 3, 3))
     config = change(sparsity=every_block(policy), rollout=dict(independent_first_frame=True))
     got, after = run(MODEL, TEXT, noise, initial_state(config, 2, 7, make_keys(2)), config, steps)
     np.testing.assert_allclose(got, want, atol=1e-5)
@@ -99,6 +118,19 @@ def test_a_first_chunk_of_one_frame(policy, wanted):
     state = fill(MODEL, TEXT, want[:, :1], state, config)
     rest, _ = run(MODEL, TEXT, noise[:, 1:], state, config, steps[:, :, 1:])
     np.testing.assert_allclose(rest, want[:, 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["dense", "topk"])
+@pytest.mark.parametrize("settings", [Cache(7, 1), Cache(7, 1, "relative"), Cache(8, 2, "relative")])
+def test_windowed_rollout_equals_passes_with_a_window(policy, settings):
+    """Eviction, and the sink where it was or moved up: against rotating every view anew."""
+    lengths = (3,) * 4
+    noise, steps, want = wanted(lengths, settings)
+    config = change(sparsity=every_block(policy), cache=dataclasses.asdict(settings))
+    got, _ = run(MODEL, TEXT, noise, initial_state(config, 2, 12, make_keys(2)), config, steps)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    others = [wanted(lengths, other)[2] for other in (EVERY_FRAME, Cache(7, 1)) if other != settings]
+    assert all(float(jnp.abs(got - other).max()) > 1e-4 for other in others)
 
 
 def plain_loop(config, model, text, noise, keys, frames):
@@ -207,6 +239,18 @@ def test_a_video_does_not_depend_on_its_batch():
     np.testing.assert_allclose(other, got[order], atol=1e-5)
     alone, _ = run(MODEL, jax.tree.map(lambda a: a[:, 1:2], text), noise[1:2], initial_state(config, 1, 6, keys[1:2]), config)
     np.testing.assert_allclose(alone, got[1:2], atol=1e-5)
+
+
+def test_a_bfloat16_model_keeps_its_latents_in_float32():
+    config = change(sparsity=SPARSE, model=dict(dtype="bfloat16"))
+    model = quick(lambda m: jax.tree.map(lambda a: a.astype(jnp.bfloat16), m))(MODEL)
+    model.config = config.model
+    text = jax.tree.map(lambda a: a.astype(jnp.bfloat16), TEXT)
+    noise, keys = draw(2, 6, *FRAME), make_keys(2)
+    got, state = run(model, text, noise, initial_state(config, 2, 6, keys), config)
+    want, _ = run(MODEL, TEXT, noise, initial_state(change(sparsity=SPARSE), 2, 6, keys), change(sparsity=SPARSE))
+    assert got.dtype == jnp.float32 and state.cache.k.dtype == jnp.bfloat16 and state.cache.pooled.dtype == jnp.float32
+    assert 1e-4 < float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.05
 
 
 def test_gradient_through_a_chunk():
