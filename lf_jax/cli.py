@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import tyro
 
 from lf_jax.commands.console import note
@@ -29,7 +30,7 @@ COMMANDS = {  # imported when called for, so that help and errors come at once
     "doctor": ("lf_jax.commands.doctor", "Doctor"),
     "bench": ("lf_jax.commands.bench", "Bench"),
 }
-BAD_INPUT, INTERRUPTED = 2, 130
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 _rules = tyro.constructors.ConstructorRegistry()
 
@@ -49,7 +50,7 @@ def _policy(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Prim
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 for bad input, 130 if interrupted.
+    """Runs one command and returns its exit code: 0, 1 out of memory, 2 bad input, 130 interrupted, or the command's own.
 
     A wrong value, file or folder ends in one line that names it. `--traceback` shows where it was found.
     """
@@ -75,6 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if traceback:
             raise
         return _fail(f"lf-jax {name}: error: {describe(error)}")
+    except jax.errors.JaxRuntimeError as error:
+        if traceback or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        note(
+            f"lf-jax {name}: the device is out of memory; `lf-jax plan` shows what takes how much ({str(error).splitlines()[0]})"
+        )
+        return FAILED
     except SystemExit as stop:  # of the parser: 0 after --help, 2 after a wrong option
         return stop.code or 0
 

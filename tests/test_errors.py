@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 import small
 
@@ -212,6 +213,16 @@ def test_the_console_sees_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "nowhere' is neither a folder nor a preset" in done.stderr
+
+
+def test_out_of_memory_points_to_the_plan(capsys, monkeypatch, good, tmp_path):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory while trying to allocate 9 bytes")
+
+    monkeypatch.setattr("lf_jax.loading.Source.dit", exhausted)
+    assert cli.main([str(word) for word in sample(good, tmp_path)]) == cli.FAILED
+    assert "the device is out of memory; `lf-jax plan` shows" in capsys.readouterr().err.splitlines()[-1]
+    assert untouched(tmp_path)
 
 
 def test_a_traceback_is_shown_when_asked_for(tmp_path):

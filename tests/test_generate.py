@@ -138,7 +138,7 @@ def test_an_image_becomes_the_first_frame(pipe):
 
 
 def test_guidance_encodes_the_negative_prompt_too(pipe):
-    guided = Rollout(sampler="euler", num_inference_steps=2, guidance_scale=3.0)
+    guided = Rollout(sampler="euler", num_inference_steps=2, guidance_scale=30.0)
     dense = Sparsity(policy="dense")
     runs = [pipe(PROMPT, negative_prompt=p, rollout=guided, sparsity=dense, num_frames=9) for p in ("ugly", "grey")]
     assert runs[0].shape == (1, 9, 32, 48, 3)
@@ -181,3 +181,12 @@ def test_a_state_of_other_settings_is_refused(pipe):
         pipe.stream(PROMPT, state=last.state, cache=Cache(window=6, sink=1))
     with pytest.raises(ValueError, match="state holds 1 videos, expected 2"):
         pipe.stream([PROMPT, "two"], state=last.state)
+
+
+def test_a_folder_loads_in_another_dtype(pipe, tmp_path):
+    small.save(tmp_path)
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dtype="bfloat16"))
+    loaded = lf_jax.load(tmp_path, config)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.model)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.vae)} == {"float32"}
+    assert loaded(PROMPT, num_frames=9).shape == (1, 9, 32, 48, 3)
