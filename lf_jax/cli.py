@@ -79,9 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         if traceback or "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        note(
-            f"lf-jax {name}: the device is out of memory; `lf-jax plan` shows what takes how much ({str(error).splitlines()[0]})"
-        )
+        first, *_ = str(error).splitlines()
+        note(f"lf-jax {name}: the device is out of memory; `lf-jax plan` shows what takes how much ({first})")
         return FAILED
     except SystemExit as stop:  # of the parser: 0 after --help, 2 after a wrong option
         return stop.code or 0

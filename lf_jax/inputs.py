@@ -57,17 +57,16 @@ def first_frames(
     if not given:
         return None
     check(len(given) == 1, f"initial {' and '.join(given)} exclude each other")
-    lengths = video_chunks(config)
+    ends = [int(end) for end in np.cumsum(video_chunks(config))]
     if latents is None:
         pixels = _pixels(config, batch, 1 if video is None else None, *given.values())
-        frames = tokens.latent_frames(pixels.shape[1], config.vae.temporal_stride)
-        _check_whole_chunks(frames, lengths)
+        _check_whole_chunks("frames", pixels.shape[1], [1 + (end - 1) * config.vae.temporal_stride for end in ends])
         return _encode(autoencoder, from_uint8(pixels))
     size = tuple(n // config.vae.spatial_stride for n in (config.video.height, config.video.width))
     expected = (batch, *size, config.vae.channels)
     received = (*latents.shape[:1], *latents.shape[2:])
     check(received == expected, f"initial_latents has [b, h, w, c] = {received}, expected {expected}")
-    _check_whole_chunks(latents.shape[1], lengths)
+    _check_whole_chunks("latent frames", latents.shape[1], ends)
     return jnp.asarray(latents, jnp.float32)
 
 
@@ -87,12 +86,12 @@ def _pixels(config: Config, batch: int, frames: int | None, source: Pixels) -> n
     return np.broadcast_to(pixels, (batch, *pixels.shape[1:]))
 
 
-def _check_whole_chunks(frames: int, lengths: Sequence[int]) -> None:
-    ends = [int(end) for end in np.cumsum(lengths)]
-    advice = "; a single image needs a model with rollout.independent_first_frame" if frames == 1 and ends[0] > 1 else ""
+def _check_whole_chunks(unit: str, given: int, ends: Sequence[int]) -> None:
+    """`ends`: frames of the video after each of its chunks."""
+    advice = "; a single image needs a model with rollout.independent_first_frame" if given == 1 and ends[0] > 1 else ""
     check(
-        frames in ends[:-1],
-        f"{frames} initial latent frames must be whole chunks of a longer video, expected one of {ends[:-1]}{advice}",
+        given in ends[:-1],
+        f"{given} initial {unit} must be whole chunks of a longer video, expected one of {list(ends[:-1])}{advice}",
     )
 
 

@@ -165,7 +165,7 @@ def test_initial_frames(capsys, tmp_path, good):
     pipe = small.pipe()
     write_mp4(tmp_path / "a.mp4", pipe("one", num_frames=9)[0], 16)
     message = fails(capsys, *sample(good, tmp_path, "--initial-video", tmp_path / "a.mp4", "--num-frames", 9))
-    assert "3 initial latent frames must be whole chunks of a longer video" in message
+    assert "9 initial frames must be whole chunks of a longer video" in message
 
 
 def test_states(capsys, tmp_path, good):

@@ -133,7 +133,7 @@ def test_an_image_becomes_the_first_frame(pipe):
     layout = Rollout(independent_first_frame=True)
     chunks = frames_of(pipe.stream(PROMPT, initial_image=image, rollout=layout, num_frames=25))
     assert [chunk.shape[1] for chunk in chunks] == [1, 12, 12]
-    with pytest.raises(ValueError, match="1 initial latent frames must be whole chunks.*independent_first_frame"):
+    with pytest.raises(ValueError, match="1 initial frames must be whole chunks.*independent_first_frame"):
         pipe(PROMPT, initial_image=image)
 
 
@@ -162,8 +162,9 @@ def test_a_window_goes_on_past_the_plan(pipe):
         ({"model": CONFIG.model}, "model cannot change after loading"),
         ({"initial_video": np.zeros((9, 32, 40, 3), np.uint8)}, r"shape \(1, 9, 32, 40, 3\), expected .*32, 48, 3"),
         ({"initial_video": np.zeros((9, 32, 48, 3), np.float32)}, "dtype float32, expected uint8"),
-        ({"initial_video": np.zeros((13, 32, 48, 3), np.uint8)}, r"4 initial latent frames .* expected one of \[3, 6\]"),
-        ({"initial_video": np.zeros((33, 32, 48, 3), np.uint8)}, r"9 initial latent frames .* expected one of \[3, 6\]"),
+        ({"initial_video": np.zeros((13, 32, 48, 3), np.uint8)}, r"13 initial frames .* expected one of \[9, 21\]"),
+        ({"initial_video": np.zeros((33, 32, 48, 3), np.uint8)}, r"33 initial frames .* expected one of \[9, 21\]"),
+        ({"initial_latents": jnp.zeros((1, 4, 4, 6, 16))}, r"4 initial latent frames .* expected one of \[3, 6\]"),
         ({"initial_latents": jnp.zeros((1, 3, 4, 5, 16))}, r"\(1, 4, 5, 16\), expected \(1, 4, 6, 16\)"),
         ({"initial_latents": jnp.zeros((1, 3, 4, 6, 16)), "initial_image": "a.png"}, "image and latents exclude each other"),
     ],
