@@ -45,7 +45,7 @@ class Budget:
         return max(0, (memory - self.total("rollout") + held) // self.frame_bytes)
 
 
-CACHE = ("keys and values", "means of key blocks")
+CACHE = ("KV cache", "means of key blocks")
 SCALAR = jax.ShapeDtypeStruct((), jnp.int32)
 
 

@@ -176,7 +176,7 @@ def test_plan_counts_what_is_allocated(capsys):
     run("plan", "--config", "light_forcing_1_3b", "--json")
     found = {item["name"]: item for item in json.loads(capsys.readouterr().out)["items"]}
     assert found["transformer"]["bytes"] == 2 * 1_418_996_800
-    assert found["keys and values"]["bytes"] == 2 * 30 * 21 * 1536 * 1536 * 2
+    assert found["KV cache"]["bytes"] == 2 * 30 * 21 * 1536 * 1536 * 2
     assert found["means of key blocks"]["bytes"] == 30 * 21 * 24 * 1536 * 4
     assert found["text encoder"]["bytes"] == 2 * 5_680_910_336
     assert found["text keys and values"]["bytes"] == 2 * 30 * 512 * 1536 * 2
@@ -190,7 +190,7 @@ def test_plan_agrees_with_a_real_run():
     assert budget["autoencoder"] == plan.size(pipe.vae)
     assert budget["decoder cache"] == plan.size(last.state.vae)
     cache = last.state.rollout.cache
-    assert budget["keys and values"] == plan.size((cache.k, cache.v))
+    assert budget["KV cache"] == plan.size((cache.k, cache.v))
     assert budget["means of key blocks"] == plan.size(cache.pooled)
 
 
