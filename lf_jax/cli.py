@@ -19,7 +19,7 @@ import tyro
 from lf_jax.commands.console import note
 from lf_jax.config import Config
 
-COMMANDS = {  # imported when called for, so that help and errors come at once
+COMMANDS = {  # imported when called for: each brings its own part of the library
     "sample": ("lf_jax.commands.sample", "Sample"),
     "stream": ("lf_jax.commands.stream", "Stream"),
     "encode": ("lf_jax.commands.encode", "Encode"),

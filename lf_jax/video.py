@@ -5,7 +5,6 @@ import pathlib
 from fractions import Fraction
 
 import av
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -125,6 +124,3 @@ def _cover(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
     pixels = frame.reformat(height=size[0], width=size[1], format="rgb24", interpolation="BICUBIC").to_ndarray()
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return pixels[top : top + height, left : left + width]
-
-
-device_to_uint8 = jax.jit(to_uint8)
