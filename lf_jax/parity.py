@@ -26,7 +26,7 @@ from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.config import Config, check
 from lf_jax.dit import TextCache, WanDiT, forward, text_cache
 from lf_jax.dit.model import embed_time, patchify
-from lf_jax.rollout import initial_state, prefill, rollout
+from lf_jax.rollout import branches, draws, initial_state, prefill, rollout
 from lf_jax.tokens import Grid, chunk_lengths
 
 # Compiled once a process for every replay of one size.
@@ -251,18 +251,26 @@ def block_outputs(
 
 
 def replay_rollout(model: WanDiT, dump: Dump, settings: Config) -> Iterator[Row]:
-    """The video of the dump from its noise, chunk by chunk; nothing if the dump is not of a few-step rollout."""
+    """The video of the dump from its noise, chunk by chunk; nothing if the dump has no noise of a video.
+
+    Raises:
+        ValueError: if the dump has not what the sampler of `settings` needs: noise for every step, two texts for guidance.
+    """
     if "noise" not in dump.tensors:
         return
-    text = _text_cache(model, jnp.asarray(dump.tensors["text.0"]))
+    texts = [f"text.{i}" for i in range(branches(settings))]
+    check(set(texts) <= dump.tensors.keys(), f"{settings.rollout.guidance_scale=} needs {' and '.join(texts)} in the dump")
+    text = _text_cache(model, jnp.concatenate([dump.tensors[name] for name in texts]))
     noise, given = dump.tensors["noise"], dump.tensors.get("initial_latents")
     before = 0 if given is None else given.shape[1]
     batch, frames = noise.shape[0], before + noise.shape[1]
     state = initial_state(settings, batch, frames, jax.random.split(jax.random.key(0), batch))
     if given is not None:
         state = _prefill(model, text, jnp.asarray(given), state, config=settings)
-    step_noise = dump.tensors.get("step_noise", np.zeros((0, *noise.shape), np.float32))
-    latents, _ = _rollout(model, text, jnp.asarray(noise), state, config=settings, step_noise=jnp.asarray(step_noise))
+    step_noise = dump.tensors.get("step_noise")
+    check(step_noise is not None or draws(settings) == 0, f"{settings.rollout.timesteps=} need step_noise in the dump")
+    step_noise = None if draws(settings) == 0 else jnp.asarray(step_noise)
+    latents, _ = _rollout(model, text, jnp.asarray(noise), state, config=settings, step_noise=step_noise)
     lengths = chunk_lengths(frames, settings.rollout.chunk_frames, settings.rollout.independent_first_frame)
     ends = np.cumsum(lengths)
     for chunk, (start, end) in enumerate(zip(ends - lengths, ends, strict=True)):

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -108,8 +109,26 @@ def test_blocks_after_the_wrong_one_are_right_alone(diffusers_run, tmp_path):
 
 
 @pytest.mark.torch
-def test_dump_records_a_chunked_rollout(tool, tmp_path):
-    """A stand-in for a causal model: two blocks over flattened patches, called as Self-Forcing's pipeline does."""
+def test_the_dump_command_runs_a_model_on_random_inputs(tool, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    (tmp_path / "mine.py").write_text(
+        "import diffusers\n"
+        "def make():\n"
+        "    sizes = dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=32, num_layers=1, text_dim=8, freq_dim=16)\n"
+        "    return diffusers.WanTransformer3DModel(**sizes)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["dump_torch.py", "mine:make", "dump", "--frames", "2", "--height", "4", "--width", "6"])
+    monkeypatch.setattr("sys.path", [*sys.path])
+    tool.main()
+    dump = parity.read(tmp_path / "dump")
+    assert dump.tensors["call.0.block.0"].shape == (1, 12, 24) and dump.tensors["text.0"].shape == (1, 512, 8)
+    np.testing.assert_array_equal(dump.tensors["call.0.timestep"], np.full((1, 2), 625.0))
+
+
+@pytest.fixture
+def causal(tool):
+    """A stand-in for a causal model: two blocks over flattened patches, called as Self-Forcing's pipelines do."""
     torch = pytest.importorskip("torch")
 
     class Model(torch.nn.Module):
@@ -124,29 +143,38 @@ def test_dump_records_a_chunked_rollout(tool, tmp_path):
                 tokens = block(tokens)
             return -x
 
-    model, x0 = Model(), {}
-    given, noise, fresh = torch.randn(1, 1, 4, 4, 6), torch.randn(1, 4, 4, 4, 6), []
-    text = [torch.randn(3, 8)]
-    path = tmp_path / "dump.safetensors"
-    with tool.Dump(model, path, {"rollout": {"shift": 3.0}}, blocks_for=(0,)):
+    model = Model()
 
-        def call(x, t, start):
-            times = torch.full(x.shape[:2], float(t))
-            return model(x.permute(0, 2, 1, 3, 4), t=times, context=text, current_start=start * 6)
+    def call(x, t, start, text):
+        times = torch.full(x.shape[:2], float(t))
+        return model(x.permute(0, 2, 1, 3, 4), t=times, context=[text], current_start=start * 6)
 
-        call(given, 0, 0)
+    return model, call
+
+
+def last(x):
+    """[b, f, c, h, w] of torch to ours."""
+    return x.permute(0, 1, 3, 4, 2).numpy()
+
+
+@pytest.mark.torch
+def test_dump_records_a_chunked_rollout(tool, causal, tmp_path):
+    torch = pytest.importorskip("torch")
+    (model, call), x0, fresh = causal, {}, []
+    given, noise, text = torch.randn(1, 1, 4, 4, 6), torch.randn(1, 4, 4, 4, 6), torch.randn(3, 8)
+    with tool.Dump(model, tmp_path / "dump", {"rollout": {"shift": 3.0}}, blocks_for=(0,)):
+        call(given, 0, 0, text)
         for start in (1, 3):
             x = noise[:, start - 1 : start + 1]
-            call(x, 1000, start)
+            call(x, 1000, start, text)
             fresh.append(torch.randn_like(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
             torch.randn_like(x[:, :1])  # of another size: not the noise of a step
-            call(fresh[-1], 500, start)
+            call(fresh[-1], 500, start, text)
             x0[start] = torch.full_like(x, start)
-            call(x0[start], 0, start)
-    dump = parity.read(path)
+            call(x0[start], 0, start, text)
+    dump = parity.read(tmp_path / "dump")
     assert [c["start"] for c in dump.calls] == [0, 1, 1, 1, 3, 3, 3]
     assert dump.settings == {"rollout": {"shift": 3.0}}
-    last = lambda x: x.permute(0, 1, 3, 4, 2).numpy()  # noqa: E731
     np.testing.assert_array_equal(dump.tensors["initial_latents"], last(given))
     np.testing.assert_array_equal(dump.tensors["noise"], last(noise))
     np.testing.assert_array_equal(dump.tensors["step_noise"], last(torch.cat(fresh, 1))[None])
@@ -154,6 +182,28 @@ def test_dump_records_a_chunked_rollout(tool, tmp_path):
     np.testing.assert_array_equal(dump.tensors["call.2.velocity"], -dump.tensors["call.2.x"])
     np.testing.assert_array_equal(dump.tensors["call.2.timestep"], np.full((1, 2), 500.0))
     assert "call.0.block.1" in dump.tensors and "call.1.block.1" not in dump.tensors
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("sampler", ["unipc", "few_step"])
+def test_dump_records_guidance(tool, causal, tmp_path, sampler):
+    """Two branches a step and no noise between steps; a few-step sampler without that noise is no rollout to repeat."""
+    torch = pytest.importorskip("torch")
+    (model, call), x = causal, torch.randn(4, 1, 2, 4, 4, 6)
+    texts = torch.randn(2, 3, 8)
+    with tool.Dump(model, tmp_path / "dump", {"rollout": {"sampler": sampler}}):
+        for chunk in (0, 1):
+            for latents, t in ((x[chunk], 900), (x[chunk] / 2, 500), (x[2 + chunk], 0)):
+                for text in texts:
+                    call(latents, t, 2 * chunk, text)
+    dump = parity.read(tmp_path / "dump")
+    assert [c["text"] for c in dump.calls] == [0, 1] * 6
+    if sampler == "few_step":
+        assert "noise" not in dump.tensors
+        return
+    np.testing.assert_array_equal(dump.tensors["noise"], last(torch.cat([x[0], x[1]], 1)))
+    np.testing.assert_array_equal(dump.tensors["latents"], last(torch.cat([x[2], x[3]], 1)))
+    assert not {"step_noise", "initial_latents"} & dump.tensors.keys()
 
 
 def recorded(settings=CONFIG, frames=9, batch=2):
@@ -255,6 +305,7 @@ def test_comparison_against_numbers_worked_out_by_hand():
         (lambda tensors, calls: calls[3].update(start=4), "call 3 of the dump starts at frame 4, expected 0, 0 or 3"),
         (lambda tensors, calls: calls[0].update(start=3), "call 0 of the dump starts at frame 3, expected 0"),
         (lambda tensors, calls: tensors.update({"call.0.tokens": tensors["call.0.x"]}), "lacks the outputs of blocks"),
+        (lambda tensors, calls: tensors.pop("step_noise"), "need step_noise in the dump"),
         (lambda tensors, calls: tensors.update({"text.0": tensors["text.0"][..., :5].copy()}), "embeddings are 5 wide"),
     ],
 )
@@ -266,10 +317,18 @@ def test_a_dump_that_does_not_fit_is_refused(tmp_path, change_dump, message):
         replayed(path, model)
 
 
-def test_settings_that_name_no_field_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cache": {"sinks": 3}}, "settings name sinks, which cache does not have"),
+        ({"cache": {"window": 2, "sink": 1}}, "must hold"),
+        ({"rollout": {"sampler": "unipc", "guidance_scale": 3.0}}, "needs text.0 and text.1 in the dump"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path, settings, message):
     model, tensors, calls = recorded()
-    path = written(tmp_path / "dump", tensors, calls, {"cache": {"sinks": 3}})
-    with pytest.raises(ValueError, match="settings name sinks, which cache does not have"):
+    path = written(tmp_path / "dump", tensors, calls, settings)
+    with pytest.raises(ValueError, match=message):
         replayed(path, model)
 
 

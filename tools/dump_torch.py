@@ -5,7 +5,7 @@ As a library, in your own environment, around whatever already runs there:
     with Dump(pipeline.generator.model, "dump.safetensors", settings={"rollout": {"shift": 5.0}}):
         pipeline.inference(noise=noise, text_prompts=prompts)
 
-As a command, with one forward pass on random inputs of a model that a function of yours returns:
+As a command, with one forward pass on random inputs of a bidirectional model that a function of yours returns:
 
     python tools/dump_torch.py my_module:make_model dump.safetensors --frames 3 --height 8 --width 12
 
@@ -107,20 +107,24 @@ class Dump:
         return len(self.texts) - 1
 
     def _rollout(self):
-        """Noise and latents of the video, if the calls were a few-step rollout chunk by chunk.
+        """Noise and latents of the video, if the calls were a rollout chunk by chunk.
 
         A chunk is a run of calls with one start: its first input is noise, its last one the finished chunk on its way
-        into the cache. A chunk of a single call was given (image-to-video, extension).
+        into the cache. A chunk of a single call was given (image-to-video, extension). Guidance doubles the calls; those
+        with the first text tell all.
         """
-        chunks = []
+        chunks, last = [], None
         for call, fields in enumerate(self.calls):
-            if not chunks or self.calls[chunks[-1][0]]["start"] != fields["start"]:
+            if fields["start"] != last:
                 chunks.append([])
-            chunks[-1].append(call)
+            if fields["text"] == 0:
+                chunks[-1].append(call)
+            last = fields["start"]
         given = [c for c in chunks if len(c) == 1]
         made = [c for c in chunks if len(c) > 1]
         drawn = [[f"call.{i}.renoise" for i in c if f"call.{i}.renoise" in self.tensors] for c in made]
-        if not made or any(len(names) != len(c) - 2 for names, c in zip(drawn, made, strict=True)):
+        renoises = self.settings.get("rollout", {}).get("sampler", "few_step") == "few_step"
+        if not made or any(len(names) != (len(c) - 2 if renoises else 0) for names, c in zip(drawn, made, strict=True)):
             return
         take = self.tensors.__getitem__
         if given:
@@ -182,21 +186,20 @@ def main():
     sys.path.insert(0, "")
     module, function = options.model.split(":")
     model = getattr(importlib.import_module(module), function)().eval()
-    config = model.config
-    channels = getattr(config, "in_channels", None) or config.in_dim
-    text_dim = config.text_dim
+    diffusers = "in_channels" in model.config
+    channels = model.config["in_channels" if diffusers else "in_dim"]
+    text_dim = model.config["text_dim"] if diffusers else model.text_embedding[0].in_features
     torch.manual_seed(options.seed)
     weight = next(model.parameters())
     x = torch.randn(1, channels, options.frames, options.height, options.width).to(weight)
-    text = torch.randn(1, getattr(config, "text_len", 512), text_dim).to(weight)
+    text = torch.randn(1, 512 if diffusers else model.text_len, text_dim).to(weight)
     timestep = torch.full((1,), options.timestep, device=weight.device)
     with torch.no_grad(), Dump(model, options.out):
-        if "encoder_hidden_states" in model.forward.__code__.co_varnames:
+        if diffusers:
             model(x, timestep, text)
         else:
-            patch = model.patch_size
-            tokens = options.frames * (options.height // patch[1]) * (options.width // patch[2])
-            model(list(x), timestep, list(text), tokens)
+            _, down, across = model.patch_size
+            model(list(x), timestep, list(text), options.frames * (options.height // down) * (options.width // across))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 Needs torch (CPU), diffusers, transformers, einops, ftfy and regex; no download, no GPU. It writes OUT/model.pt in the
 layout of a released checkpoint and OUT/<case>.safetensors for every case. What runs is the checkout's own
-`CausalInferencePipeline`, `WanDiffusionWrapper.forward`, `FlowMatchScheduler` and `CausalWanModel`. Replaced from
-outside, because they need a GPU, a download or the one released size:
+`CausalInferencePipeline` and `CausalDiffusionInferencePipeline`, `WanDiffusionWrapper.forward`, the schedulers and
+`CausalWanModel`. Replaced from outside, because they need a GPU, a download or the one released size:
 
 * the wrapper's constructor (it downloads), the text encoder and the VAE (given embeddings; latents are returned);
 * flash attention, by `scaled_dot_product_attention` in the dtype of its inputs (the checkout would round to bfloat16);
@@ -40,7 +40,9 @@ CASES = {
     "first_frame_alone": (22, -1, 0, True, 0),
     "image_to_video": (18, -1, 0, True, 1),
     "extension": (15, -1, 0, False, 6),
+    "guided": (9, -1, 0, False, 0),  # the many-step pipeline: UniPC, two branches
 }
+GUIDANCE, GUIDED_STEPS = 3.0, 8
 
 
 def import_checkout(path):
@@ -58,6 +60,7 @@ def import_checkout(path):
     sys.modules["demo_utils.memory"] = memory
     torch.cuda.current_device = lambda: "cpu"  # a default argument of the text encoder
 
+    import pipeline.causal_diffusion_inference as guided
     import pipeline.causal_inference as inference
     import utils.wan_wrapper as wrapper
     import wan.modules.causal_model as causal
@@ -70,7 +73,7 @@ def import_checkout(path):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     causal.attention = base.flash_attention = attention
-    return inference, wrapper, causal
+    return inference.CausalInferencePipeline, guided.CausalDiffusionInferencePipeline, wrapper, causal
 
 
 def randomize(model, seed=0):
@@ -89,9 +92,9 @@ def randomize(model, seed=0):
                 p.copy_(noise / p[0].numel() ** 0.5)
 
 
-def build(parts, window, sink, dtype):
-    """The checkout's pipeline around a tiny random model."""
-    inference, wrapper, causal = parts
+def build(parts, window, sink, alone, guided, dtype):
+    """One of the checkout's pipelines around a tiny random model."""
+    few_step, many_step, wrapper, causal = parts
     frame = HEIGHT // 2 * (WIDTH // 2)
 
     class Wrapper(wrapper.WanDiffusionWrapper):
@@ -109,52 +112,62 @@ def build(parts, window, sink, dtype):
 
     class Given(torch.nn.Module):
         def forward(self, text_prompts):
-            return {"prompt_embeds": text_prompts}
+            return {"prompt_embeds": text_prompts if torch.is_tensor(text_prompts) else text_prompts[0]}
 
-        def decode_to_pixel(self, latents, use_cache):
+        def decode_to_pixel(self, latents, **_):
             return latents
 
-    class Pipeline(inference.CausalInferencePipeline):
+    class Pipeline(many_step if guided else few_step):
         def _initialize_kv_cache(self, batch_size, dtype, device):
             frames = 64 if window == -1 else window
             shape = [batch_size, frames * frame, TINY["num_heads"], TINY["dim"] // TINY["num_heads"]]
-            self.kv_cache1 = [
-                {
-                    "k": torch.zeros(shape, dtype=dtype),
-                    "v": torch.zeros(shape, dtype=dtype),
-                    "global_end_index": torch.tensor([0]),
-                    "local_end_index": torch.tensor([0]),
-                }
-                for _ in range(TINY["num_layers"])
-            ]
 
-    def make(independent_first_frame):
-        args = types.SimpleNamespace(
-            denoising_step_list=STEPS,
-            warp_denoising_step=True,
-            num_frame_per_block=3,
-            independent_first_frame=independent_first_frame,
-            context_noise=0,
-        )
-        pipe = Pipeline(args, "cpu", generator=Wrapper().to(dtype), text_encoder=Given(), vae=Given())
-        pipe.num_transformer_blocks, pipe.frame_seq_length = TINY["num_layers"], frame
-        return pipe
+            def empty():
+                cache = {name: torch.zeros(shape, dtype=dtype) for name in ("k", "v")}
+                return cache | {name: torch.tensor([0]) for name in ("global_end_index", "local_end_index")}
 
-    return make
+            self.kv_cache1, self.kv_cache_pos, self.kv_cache_neg = (
+                [empty() for _ in self.generator.model.blocks] for _ in "123"
+            )
+
+    args = types.SimpleNamespace(
+        denoising_step_list=STEPS,
+        warp_denoising_step=True,
+        num_frame_per_block=3,
+        independent_first_frame=alone,
+        context_noise=0,
+        num_train_timestep=1000,
+        timestep_shift=SHIFT,
+        guidance_scale=GUIDANCE,
+        negative_prompt=None,
+    )
+    pipe = Pipeline(args, "cpu", generator=Wrapper().to(dtype), text_encoder=Given(), vae=Given())
+    pipe.num_transformer_blocks, pipe.frame_seq_length, pipe.sampling_steps = TINY["num_layers"], frame, GUIDED_STEPS
+    return pipe
+
+
+def prompt(batch, generator):
+    text = torch.randn(batch, TEXT_LEN, TINY["text_dim"], generator=generator)
+    text[:, PROMPT_LEN:] = 0
+    return text
 
 
 def run_case(parts, name, out, dtype=torch.float32, batch=1):
     frames, window, sink, alone, given = CASES[name]
-    pipe = build(parts, window, sink, dtype)(alone)
+    guided = name == "guided"
+    pipe = build(parts, window, sink, alone, guided, dtype)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(batch, frames, 16, HEIGHT, WIDTH, generator=generator).to(dtype)
-    text = torch.randn(batch, TEXT_LEN, TINY["text_dim"], generator=generator).to(dtype)
-    text[:, PROMPT_LEN:] = 0
+    text = prompt(batch, generator).to(dtype)
     initial = torch.randn(batch, given, 16, HEIGHT, WIDTH, generator=generator).to(dtype) if given else None
+    pipe.args.negative_prompt = prompt(batch, generator).to(dtype)
     settings = {
         "cache": {"window": None if window == -1 else window, "sink": sink},
         "rollout": {"chunk_frames": 3, "timesteps": STEPS, "warp": True, "shift": SHIFT, "independent_first_frame": alone},
     }
+    if guided:
+        many = {"sampler": "unipc", "num_inference_steps": GUIDED_STEPS, "guidance_scale": GUIDANCE}
+        settings["rollout"] |= many
     torch.manual_seed(2)
     draw = torch.randn_like
     torch.randn_like = lambda x, **_: torch.randn(x.shape).to(x.dtype)  # the same noise for every dtype
