@@ -132,10 +132,14 @@ def chunk_activations(settings: Config, rows: int, chunk: int, cached: int) -> i
 
 
 def decode_activations(settings: Config, pixels: jax.ShapeDtypeStruct) -> int:
-    """One decoder call: four arrays of the finest level, where the most pixels are."""
+    """One decoder call: six arrays of the finest level, where the most pixels are.
+
+    The last upsampling reads an array of twice that width and writes one; a residual block holds its input, its output
+    and the copy, extended by the frames before, that a convolution over time reads.
+    """
     part = settings.vae
     channels = part.base if part.kind == "wan" else part.widths[-1]
-    return 4 * pixels.size // 3 * channels * jnp.dtype(part.dtype).itemsize
+    return 6 * pixels.size // 3 * channels * jnp.dtype(part.dtype).itemsize
 
 
 def text_activations(settings: Config) -> int:
