@@ -118,7 +118,7 @@ def facts(config: Config) -> dict[str, str | int | float]:
     stats = device.memory_stats() or {}
     return {
         "device": device.device_kind,
-        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in ("lf-jax", "jax", "jaxlib", "flax")),
+        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "flax")),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "timed": f"{config.video.num_frames} frames of {config.video.height}x{config.video.width}, batch 1, "
