@@ -9,6 +9,7 @@ layout of a released checkpoint and OUT/<case>.safetensors for every case. What 
 `CausalWanModel`. Replaced from outside, because they need a GPU, a download or the one released size:
 
 * the wrapper's constructor (it downloads), the text encoder and the VAE (given embeddings; latents are returned);
+* a helper module that asks for a GPU as soon as it is imported, and the package files that import more than is needed;
 * flash attention, by `scaled_dot_product_attention` in the dtype of its inputs (the checkout would round to bfloat16);
 * the numbers 30 layers, 12 heads of 128, 1560 tokens a frame and 32760 tokens of cache, by the tiny model's.
 """
