@@ -80,7 +80,9 @@ def choose(q: jax.Array, held: int, walked: int, most_rows: int, tensors: int) -
     limit = 1024 * (SHARED_MEMORY.get(capability, 99) - 3)  # the rest is for reductions
     token = q.shape[-1] * q.dtype.itemsize
     rows, columns = min(held, most_rows * 2 // q.dtype.itemsize), min(walked, 64)
-    done = 0 if capability == (9, 0) else 1  # where products are asynchronous, the tiles of the step itself stay in use
+    # What compiled programs ask for: a step's tiles leave shared memory for its products, except where those read it
+    # themselves (9.0), for float32, and in the backward, which also needs them transposed.
+    done = 1 if tensors == 1 and q.dtype.itemsize == 2 and capability != (9, 0) else 0
     stages = 3
     while (tensors * rows + 2 * (stages - done) * columns) * token > limit and (stages, columns) != (2, 16):
         stages, columns = (2, columns) if stages == 3 else (3, max(columns // 2, 16))
