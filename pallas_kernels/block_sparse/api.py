@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.block_sparse import reference, xla
+from pallas_kernels.block_sparse import hopper, reference, triton_backward, triton_forward, xla
 from pallas_kernels.block_sparse.types import BlockMap, Past
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -19,10 +19,16 @@ class Implementation(NamedTuple):
     automatic: bool  # whether `implementation=None` may choose it
 
 
+def _always(q: Any, blocks: BlockMap, past: Past | None, return_lse: bool) -> None:
+    """Runs every call, everywhere."""
+
+
 # In order of preference.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "xla": Implementation(lambda q, blocks, past, return_lse: None, xla.attention, automatic=True),
-    "reference": Implementation(lambda q, blocks, past, return_lse: None, reference.attention, automatic=False),
+    "hopper": Implementation(hopper.reason, hopper.attention, automatic=True),
+    "triton": Implementation(triton_forward.reason, triton_backward.attention, automatic=True),
+    "xla": Implementation(_always, xla.attention, automatic=True),
+    "reference": Implementation(_always, reference.attention, automatic=False),
 }
 
 
@@ -40,7 +46,8 @@ def block_sparse_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Softmax attention in which every query block attends to its own list of key blocks.
 
-    out = softmax(scale * q k^T) v over the tokens of the listed blocks; differentiable in q, k, v and the past.
+    out = softmax(scale * q k^T) v over the tokens of the listed blocks; differentiable in q, k, v and the past. A past that
+    is a constant of the differentiated function, or under `jax.lax.stop_gradient`, makes the gradients cheaper.
 
     Args:
         q: [b, tq, head, e], any number of queries; block i holds rows `i * block_q` on, and the last may be short.
@@ -51,9 +58,9 @@ def block_sparse_attention(
         frame_tokens: live tokens of a frame whose keys are padded up to whole blocks; k and the past consist of such
             frames. The dead tokens at the end of each are not attended to. None: every token is live.
         return_lse: also return the log-sum-exp of every query.
-        implementation: "xla" (any backend; one query block at a time) or "reference" (dense and in float32, for
-            tests): a named one runs or raises. None takes the first in the order of `IMPLEMENTATIONS` that can run the
-            call and is made for use: today "xla".
+        implementation: "hopper" (Mosaic GPU, compute capability 9.0), "triton" (8.x, 9.0, 12.x), "xla" (any backend; one query
+            block at a time) or "reference" (dense and in float32, for tests): a named one runs or raises. None takes the
+            first of these, but for "reference", that can run the call.
 
     Returns:
         [b, tq, head, e] in the dtype of q, zero where a list is empty. With `return_lse` also [b, head, tq] float32,

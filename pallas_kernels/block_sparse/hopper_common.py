@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse.types import Past
@@ -17,10 +18,12 @@ MATRIX, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.La
 
 
 @dataclasses.dataclass(frozen=True)
-class BackwardConfig:
-    stages: int = 2  # of `queries`: key and value tiles in flight
-    parts: int = 3  # of `queries`: into which the lists of the last wave are cut; 1 leaves it
-    key_stages: int = 2  # of `keys`: query tiles in flight for each warpgroup
+class Config:
+    """How the kernels are laid out; chosen from shapes, or tuned."""
+
+    stages: int = 2  # key and value tiles in flight, per stream
+    parts: int = 3  # into which the lists of the last wave are cut; 1 leaves it
+    key_stages: int = 2  # of the gradient of the keys: query tiles in flight for each warpgroup
     multiprocessors: int = 132
     interpret: object = None  # `InterpretGPUParams` runs on the CPU
 
@@ -48,13 +51,13 @@ def live(block, block_k: int, frame_tokens: int | None):
     return lax.select(lax.rem(block, frame_blocks) == frame_blocks - 1, frame_tokens % block_k, block_k)
 
 
-def iota(shape: tuple[int, ...], axis: int, config: BackwardConfig) -> jax.Array:
+def iota(shape: tuple[int, ...], axis: int, config: Config) -> jax.Array:
     if config.interpret is not None:
         return lax.broadcasted_iota(jnp.int32, shape, axis)
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
 
 
-def zeros(shape: tuple[int, ...], config: BackwardConfig) -> jax.Array:
+def zeros(shape: tuple[int, ...], config: Config) -> jax.Array:
     zeros = jnp.zeros(shape, jnp.float32)
     return zeros if config.interpret is not None else plgpu.layout_cast(zeros, MATRIX)
 
@@ -75,7 +78,27 @@ def dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
     return lax.dot_general(a, b, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def kernel(body, config: BackwardConfig, **kwargs):
+def kernel(body, config: Config, **kwargs):
     extra = {} if config.interpret is None else {"interpret": config.interpret}
     params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane)
     return plgpu.kernel(body, num_threads=3, thread_name="wg", compiler_params=params, **kwargs, **extra)
+
+
+def cut_heads(batch: int, heads: int, tiles: int, config: Config) -> int:
+    """How many heads of the last batch row are cut: those that reach into the last, partly filled wave."""
+    if config.parts == 1:
+        return 0
+    rest = batch * heads * tiles % config.multiprocessors
+    return min(-(-rest // tiles), heads)
+
+
+def copy_entry(old, new, to, barrier, block, begin, size, *, batch, head, row, cached, block_k):
+    """Starts the copy of `size` keys from `begin` on of a key block: of the cache, or behind it of the chunk."""
+
+    @pl.when(block < cached)
+    def _():
+        plgpu.copy_gmem_to_smem(old.at[row, pl.ds(block * block_k + begin, size), head], to, barrier)
+
+    @pl.when(block >= cached)
+    def _():
+        plgpu.copy_gmem_to_smem(new.at[batch, pl.ds((block - cached) * block_k + begin, size), head], to, barrier)

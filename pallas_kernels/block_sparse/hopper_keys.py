@@ -1,4 +1,12 @@
-"""Gradients of the keys and values for Hopper: see `hopper_backward.py`."""
+"""Gradients of the keys and values for Hopper: see `hopper.py`.
+
+The scores are made transposed, keys down and queries across. So p^T and ds^T come out of the tensor cores in the registers
+where the next products take their left operand, and never pass through shared memory.
+
+Lists of keys differ in length by far more than lists of queries, so the kernel is persistent: items sorted by length are
+dealt out to and fro over all consumer warpgroups of the GPU, each of which runs its items on its own, with its own
+copies. While one of a multiprocessor's pair stores a result and waits for its next keys, the other computes.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,6 @@
-"""Gradient of the queries for Hopper: see `hopper_backward.py`."""
+"""Gradient of the queries for Hopper: see `hopper.py`."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from pallas_kernels.block_sparse.hopper_common import (
     ROWS,
     SWIZZLED,
     across,
+    copy_entry,
+    cut_heads,
     dot,
     iota,
     kernel,
@@ -40,7 +44,7 @@ def queries(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, config):
     cached = slots // block_k
 
     tiles = -(-tq // (2 * ROWS))
-    split = _split_heads(B, H, tiles, config)
+    split = cut_heads(B, H, tiles, config)
     parts = config.parts if split else 1
     uncut = (B * H - split) * tiles
     grid = uncut + split * tiles * parts
@@ -160,38 +164,17 @@ def queries(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, config):
 
             def run(stream):
                 qt, entries, first, n = walk(stream)
-                row = rows_g[b]
-
-                def copy(old, new, to, bar, ids):
-                    for p, place in enumerate(ids):
-                        copy_piece(old, new, to.at[pl.ds(p * piece, piece)], bar, *place)
-
-                def copy_piece(old, new, to, bar, j, begin):
-                    @pl.when(j < cached)
-                    def _():
-                        plgpu.copy_gmem_to_smem(old.at[row, pl.ds(j * block_k + begin, piece), h], to, bar)
-
-                    @pl.when(j >= cached)
-                    def _():
-                        plgpu.copy_gmem_to_smem(new.at[b, pl.ds((j - cached) * block_k + begin, piece), h], to, bar)
+                source = functools.partial(copy_entry, batch=b, head=h, row=rows_g[b], cached=cached, block_k=block_k)
 
                 @pl.loop(0, n)
                 def _(i):
                     s = stream * S + lax.rem(i, S)
                     places = [entry(first + i, p) for p in range(pieces)]
-                    ids = [(index_g[b, h, qt, lax.min(place, entries - 1)], begin) for place, begin in places]
-
-                    @pl.when(i >= S)
-                    def _():
-                        plgpu.barrier_wait(k_free.at[s])
-
-                    copy(pk_g, k_g, k_s.at[s], k_full.at[s], ids)
-
-                    @pl.when(i >= S)
-                    def _():
-                        plgpu.barrier_wait(v_free.at[s])
-
-                    copy(pv_g, v_g, v_s.at[s], v_full.at[s], ids)
+                    places = [(index_g[b, h, qt, lax.min(place, entries - 1)], begin) for place, begin in places]
+                    for old, new, to, full, free in ((pk_g, k_g, k_s, k_full, k_free), (pv_g, v_g, v_s, v_full, v_free)):
+                        pl.when(i >= S)(lambda free=free: plgpu.barrier_wait(free.at[s]))
+                        for p, (j, begin) in enumerate(places):
+                            source(old, new, to.at[s, pl.ds(p * piece, piece)], full.at[s], j, begin, piece)
 
                 @pl.loop(lax.max(n - S, 0), n)  # no barrier may be left with an arrival that nobody saw
                 def _(i):
@@ -227,13 +210,5 @@ def queries(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, config):
     )(q, dout, stats, k, v, past_k, past_v, rows, index, count, whole)
     if split:
         joined = partial.reshape(split, tiles, parts, 2 * ROWS, D).sum(axis=2).reshape(split, tiles * 2 * ROWS, D)
-        dq = dq.at[B - 1, :, H - split :].set(joined[:, :tq].swapaxes(0, 1).astype(dtype))
+        dq = lax.optimization_barrier(dq).at[B - 1, :, H - split :].set(joined[:, :tq].swapaxes(0, 1).astype(dtype))
     return dq
-
-
-def _split_heads(batch: int, heads: int, tiles: int, config) -> int:
-    """How many heads of the last batch row are cut: those that reach into the last, partly filled wave."""
-    if config.parts == 1:
-        return 0
-    rest = batch * heads * tiles % config.multiprocessors
-    return min(-(-rest // tiles), heads)

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.block_sparse import lists
+from pallas_kernels.block_sparse.differentiable import attend
 from pallas_kernels.block_sparse.triton_forward import (
     LOG2E,
     Config,
@@ -74,9 +75,6 @@ def attention(
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.block_sparse_attention`; returns (out, lse), both differentiable.
 
-    The past has a gradient where one is asked for; where it is not (the cache is a constant of the differentiated
-    function, or under `jax.lax.stop_gradient`), nothing is computed for it.
-
     Args:
         configs: None chooses by shape and device.
         interpret: run on any device, slowly, through the Pallas interpreter.
@@ -87,51 +85,30 @@ def attention(
     cannot = unsupported(q, blocks)
     if cannot is not None:
         raise NotImplementedError(f"block-sparse attention through Triton: {cannot}")
-    options = _Options(scale, frame_tokens, configs or default_configs(q, blocks), interpret)
-    return _attend(options, q, k, v, past, blocks)
+    return attend(Triton(scale, frame_tokens, configs or default_configs(q, blocks), interpret), q, k, v, past, blocks)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
+class Triton:
+    """See `differentiable.Kernels`."""
+
     scale: float
     frame_tokens: int | None
     configs: Configs
     interpret: bool
 
-    def of(self, kernel: str) -> dict[str, Any]:
-        config = getattr(self.configs, kernel)
+    def _of(self, config: Config) -> dict[str, Any]:
         return dict(scale=self.scale, frame_tokens=self.frame_tokens, config=config, interpret=self.interpret)
 
+    def forward(self, q, k, v, blocks, past):
+        return forward(q, k, v, blocks, past, **self._of(self.configs.forward))
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options, q, k, v, past, blocks):
-    return forward(q, k, v, blocks, past, **options.of("forward"))
-
-
-def _attend_forward(options, *differentiated):
-    q, k, v, past, blocks = jax.tree.map(lambda leaf: leaf.value, differentiated)
-    out, lse = forward(q, k, v, blocks, past, **options.of("forward"))
-    asked = differentiated[3]
-    past_gradient = asked is not None and (asked.k.perturbed or asked.v.perturbed)
-    # a residual is an array or a structure of them: whether there is an empty tuple or nothing survives as structure
-    return (out, lse), (q, k, v, past, blocks, out, lse, () if past_gradient else None)
-
-
-def _attend_backward(options, saved, given):
-    q, k, v, past, blocks, out, lse, past_gradient = saved
-    dout, dlse = (jnp.zeros(g.shape, g.dtype) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g for g in given)
-    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
-    dq = queries(q, dout, lse, delta, k, v, past, blocks, **options.of("queries"))
-    *dpast, (dk, dv) = keys(
-        q, dout, lse, delta, k, v, past, blocks, past_gradient=past_gradient is not None, **options.of("keys")
-    )
-    if past is not None:
-        stacks = [jnp.zeros_like(past.k).at[past.layer].set(gradient) for gradients in dpast for gradient in gradients]
-        past = Past(*stacks, None) if stacks else None
-    return dq, dk, dv, past, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+    def backward(self, q, k, v, blocks, past, out, lse, dout, dlse, past_gradient):
+        delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
+        products = (q, dout, lse, delta, k, v, past, blocks)
+        dq = queries(*products, **self._of(self.configs.queries))
+        *layer, (dk, dv) = keys(*products, past_gradient=past_gradient, **self._of(self.configs.keys))
+        return dq, dk, dv, layer[0] if layer else None
 
 
 def queries(

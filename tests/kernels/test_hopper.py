@@ -1,4 +1,4 @@
-"""Gradients of the Hopper kernels against autodiff of the float32 reference, and the lists that they walk."""
+"""The Hopper kernels, forward and gradients, against the float32 reference, and the lists that they walk."""
 
 import dataclasses
 import functools
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_sparse import hopper_backward, lists, reference
-from pallas_kernels.block_sparse.hopper_common import BackwardConfig
+from pallas_kernels.block_sparse import hopper, lists, reference
+from pallas_kernels.block_sparse.hopper_common import Config
 from pallas_kernels.block_sparse.types import BlockMap, Past
 
 
@@ -69,33 +69,37 @@ def arguments(case: Case, seed: int = 0):
     return q, k, v, past, BlockMap(index, jnp.asarray(count, jnp.int32), case.block_q, case.block_k), dout
 
 
-def expected(q, k, v, past, blocks, dout, scale, frame_tokens):
-    """(out, lse) in float32 and the gradients of q, k, v and of the layer of the past that was read."""
-    wide = functools.partial(jnp.asarray, dtype=jnp.float32)
-    old = None if past is None else (wide(past.k), wide(past.v))
-
-    def attend(q, k, v, old):
-        return reference.attention(q, k, v, blocks, old and Past(*old, past.layer), scale, frame_tokens)
-
-    (out, lse), pull = jax.vjp(attend, wide(q), wide(k), wide(v), old)
-    dq, dk, dv, dpast = pull((wide(dout), jnp.zeros_like(lse)))
-    return out, lse, (dq, dk, dv, dpast and tuple(array[past.layer] for array in dpast))
-
-
-def gradients(case: Case, config: BackwardConfig, seed: int = 0):
-    """What the kernels give and what they should."""
+def attend(function, case: Case, seed: int = 0, dtype=None):
+    """(out, lse) of `function(q, k, v, blocks, past, scale, frame_tokens)` and the gradients of q, k, v and the past."""
     q, k, v, past, blocks, dout = arguments(case, seed)
+    dlse = jnp.asarray(np.random.default_rng(seed).standard_normal((case.b, case.heads, case.tq)), jnp.float32)
     scale, frame_tokens = 0.7 * case.e**-0.5, None if case.frame == case.padded else case.frame
-    out, lse, wanted = expected(q, k, v, past, blocks, dout, scale, frame_tokens)
-    run = functools.partial(
-        hopper_backward.backward,
-        scale=scale,
-        frame_tokens=frame_tokens,
-        past_gradient=case.past_gradient,
-        config=config,
-    )
-    got = jax.jit(run)(q, k, v, past, blocks, out.astype(q.dtype), lse, dout)
-    return got, wanted if case.past_gradient else (*wanted[:3], None)
+    q, k, v, dout = (x.astype(dtype or x.dtype) for x in (q, k, v, dout))
+    old = past and tuple(x.astype(dtype or x.dtype) for x in (past.k, past.v))
+
+    @jax.jit
+    def run(q, k, v, old, dout, dlse):
+        def call(q, k, v, old):
+            seen = old if case.past_gradient else jax.lax.stop_gradient(old)
+            return function(q, k, v, blocks, old and Past(*seen, past.layer), scale, frame_tokens)
+
+        (out, lse), pull = jax.vjp(call, q, k, v, old)
+        empty = lse == -jnp.inf  # the log-sum-exp of nothing has no gradient
+        *own, dpast = pull((dout, jnp.where(empty, 0, dlse)))
+        return (out, jnp.where(empty, 0, lse), empty), (*own, dpast if case.past_gradient else None)
+
+    return run(q, k, v, old, dout, dlse)
+
+
+def check(case: Case, config: Config, seed: int = 0):
+    def kernels(*arrays):
+        return hopper.attention(*arrays, config=config)
+
+    (out, lse, empty), gradients = attend(kernels, case, seed)
+    (wanted, wanted_lse, nothing), wanted_gradients = attend(reference.attention, case, seed, jnp.float32)
+    np.testing.assert_array_equal(empty, nothing)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+    assert_close((out, gradients), (wanted, wanted_gradients))
 
 
 def assert_close(got, wanted):
@@ -115,7 +119,7 @@ def test_in_the_interpreter(name):
 
     case = CASES[name]
     interpret = InterpretGPUParams(detect_races=True)
-    assert_close(*gradients(case, BackwardConfig(parts=case.parts, multiprocessors=case.multiprocessors, interpret=interpret)))
+    check(case, Config(parts=case.parts, multiprocessors=case.multiprocessors, interpret=interpret))
     assert not interpret_pallas_call.get_races().races_found
 
 
@@ -136,16 +140,18 @@ def test_full_size_lowers_without_a_gpu(block_q, block_k, past_gradient):
     q, k = array((1, tq, heads, e), jnp.bfloat16), array((1, 3 * padded, heads, e), jnp.bfloat16)
     old = array((30, 1, 9 * padded, heads, e), jnp.bfloat16)
     rows = (1, heads, -(-tq // block_q))
-    blocks = BlockMap(array((*rows, 40), jnp.int32), array(rows, jnp.int32), block_q, block_k)
-    run = functools.partial(
-        hopper_backward.backward, scale=0.1, frame_tokens=frame, past_gradient=past_gradient, config=BackwardConfig()
-    )
-    lse, past = array((1, heads, tq), jnp.float32), Past(old, old, array((), jnp.int32))
-    text = jax.jit(run).trace(q, k, k, past, blocks, q, lse, q).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
-    dq, dk, dv, dpast = jax.eval_shape(run, q, k, k, past, blocks, q, lse, q)
-    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)
-    assert [array.shape for array in dpast or ()] == [old.shape[1:]] * (2 * past_gradient)
+    past = Past(old, old, array((), jnp.int32))
+
+    def attend(q, k, v, past):
+        return hopper.attention(q, k, v, blocks, past if past_gradient else jax.lax.stop_gradient(past), 0.1, frame)
+
+    def run(*arguments):
+        out, pull = jax.vjp(attend, *arguments)
+        return out, pull(out)
+
+    blocks = BlockMap(jnp.zeros((*rows, 40), jnp.int32), jnp.zeros(rows, jnp.int32), block_q, block_k)
+    text = jax.jit(run).trace(q, k, k, past).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
 
 
 @pytest.mark.gpu
@@ -157,20 +163,17 @@ def test_on_the_gpu(block_q, block_k, e, frame):
     case = Case(b=2, tq=3 * frame, heads=3, e=e, past=3, chunk=3, frame=frame, block_q=block_q, block_k=block_k)
     case = dataclasses.replace(case, width=4 * case.padded // block_k, past_gradient=True)
     for config in (
-        BackwardConfig(),
-        BackwardConfig(parts=1, multiprocessors=3),
-        BackwardConfig(parts=2, stages=1, key_stages=1),
+        Config(),
+        Config(parts=1, multiprocessors=3),
+        Config(parts=2, stages=1, key_stages=1),
     ):
-        assert_close(*gradients(case, config))
+        check(case, config)
 
 
 @pytest.mark.gpu
 def test_repeats_to_the_bit_at_full_size():
     case = Case(tq=4608, heads=12, e=128, past=9, chunk=3, frame=1536, width=35, least=35, past_gradient=True)
-    q, k, v, past, blocks, dout = arguments(case)
-    lse = jnp.full((1, 12, 4608), 8.0)
-    run = functools.partial(hopper_backward.backward, scale=0.1, frame_tokens=None, past_gradient=True, config=BackwardConfig())
-    first, second = (jax.jit(run)(q, k, v, past, blocks, dout, lse, dout) for _ in range(2))
+    first, second = (attend(lambda *x: hopper.attention(*x), case) for _ in range(2))
     assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, first, second)))
 
 
@@ -178,17 +181,14 @@ def test_repeats_to_the_bit_at_full_size():
 def test_what_the_kernels_are_not_made_for(change):
     change = dict(change)
     dtype = change.pop("dtype", "bfloat16")
-    q, k, v, _, blocks, dout = arguments(dataclasses.replace(Case(past=0, width=1), **change))
-    q, lse = q.astype(dtype), jnp.zeros((1, 2, 128))
-    with pytest.raises(NotImplementedError, match="must be"):
-        hopper_backward.backward(
-            q, k, v, None, blocks, q, lse, dout, scale=1.0, frame_tokens=None, past_gradient=False, config=BackwardConfig()
-        )
+    q, _, _, _, blocks, _ = arguments(dataclasses.replace(Case(past=0, width=1), **change))
+    assert "needs" in hopper.unfit(q.astype(dtype), blocks)
+    assert hopper.unfit(*(arguments(Case())[i] for i in (0, 4))) is None
 
 
 def test_config_checks_itself():
     with pytest.raises(ValueError, match="stages=0"):
-        BackwardConfig(stages=0)
+        Config(stages=0)
 
 
 def random_map(seed, b=2, heads=2, queries=5, width=6, key_blocks=9):

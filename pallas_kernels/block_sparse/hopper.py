@@ -1,0 +1,93 @@
+"""Block-sparse attention for Hopper (compute capability 9.0), Mosaic GPU: one forward kernel, two for the gradients.
+
+With p = exp(scale * q k^T - lse), dp = dout v^T and ds = p * (dp - delta), delta = rowsum(dout * out) - dlse:
+
+    dq = scale * ds k        `hopper_queries`: a thread block holds 128 queries and walks their lists, as the forward does
+    dv = p^T dout            `hopper_keys`: a warpgroup holds 64 keys and walks the queries that name them, the map
+    dk = scale * ds^T q      transposed (`lists.transpose`)
+
+Both recompute the scores, seven products where one kernel would need five: the price of a sum in a fixed order, with
+no atomics and nothing read back. Most training needs no gradient of the cached past; then `hopper_keys` has only the
+chunk's own keys to serve, which saves more.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import platform
+from pallas_kernels.block_sparse.differentiable import attend
+from pallas_kernels.block_sparse.hopper_common import LOG2E, ROWS, Config
+from pallas_kernels.block_sparse.hopper_forward import forward
+from pallas_kernels.block_sparse.hopper_keys import keys
+from pallas_kernels.block_sparse.hopper_queries import queries
+from pallas_kernels.block_sparse.types import BlockMap, Past
+
+
+def reason(q: Any, blocks: BlockMap, past: Past | None, return_lse: bool) -> str | None:
+    """Why the kernels cannot run such a call here; None if they can."""
+    capability = platform.device().compute_capability
+    if capability is None or capability[0] != 9:
+        return f"needs an NVIDIA GPU of compute capability 9.0, this is {platform.describe()}"
+    return unfit(q, blocks)
+
+
+def unfit(q: Any, blocks: BlockMap) -> str | None:
+    """Why the kernels are not made for such a call on any device; None if they are."""
+    rules = {
+        f"needs bfloat16 or float16, received {q.dtype}": q.dtype in (jnp.bfloat16, jnp.float16),
+        f"needs a head_dim of 64 or 128, received {q.shape[3]}": q.shape[3] in (64, 128),
+        f"needs query blocks of 64 or 128, received {blocks.block_q}": blocks.block_q in (64, 128),
+        f"needs key blocks of 32, 64 or 128, received {blocks.block_k}": blocks.block_k in (32, 64, 128),
+    }
+    return next((rule for rule, holds in rules.items() if not holds), None)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    blocks: BlockMap,
+    past: Past | None,
+    scale: float,
+    frame_tokens: int | None,
+    *,
+    config: Config | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.block_sparse_attention`; returns (out, lse), both differentiable.
+
+    Raises:
+        NotImplementedError: if the kernels are not made for such a call, with the reason.
+    """
+    cannot = unfit(q, blocks)
+    if cannot is not None:
+        raise NotImplementedError(f"block-sparse attention for Hopper: {cannot}")
+    return attend(Hopper(scale, frame_tokens, config or Config()), q, k, v, past, blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hopper:
+    """See `differentiable.Kernels`."""
+
+    scale: float
+    frame_tokens: int | None
+    config: Config
+
+    def forward(self, q, k, v, blocks, past):
+        return forward(q, k, v, blocks, past, **self._settings())
+
+    def backward(self, q, k, v, blocks, past, out, lse, dout, dlse, past_gradient):
+        padded = -(-q.shape[1] // (2 * ROWS)) * 2 * ROWS
+        delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
+        # Of the padding and of rows that attend to nothing (lse -inf) the products are zero and 2**-0 is finite.
+        stats = jnp.stack([jnp.where(lse == -jnp.inf, 0, lse * LOG2E), delta], axis=2)
+        stats = jnp.pad(stats, ((0, 0), (0, 0), (0, 0), (0, padded - q.shape[1])))
+        products = (q, dout, stats, k, v, past, blocks)
+        dq = queries(*products, **self._settings())
+        dk, dv, layer = keys(*products, past_gradient=past_gradient, **self._settings())
+        return dq, dk, dv, layer
+
+    def _settings(self) -> dict[str, Any]:
+        return dict(scale=self.scale, frame_tokens=self.frame_tokens, config=self.config)
