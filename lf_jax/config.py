@@ -213,7 +213,9 @@ class Config:
         )
         for name, patch in zip(("height", "width"), self.model.patch[1:], strict=True):
             unit = self.vae.spatial_stride * patch
-            check(getattr(self.video, name) % unit == 0, f"video.{name}={getattr(self.video, name)} must be a multiple of {unit}")
+            check(
+                getattr(self.video, name) % unit == 0, f"video.{name}={getattr(self.video, name)} must be a multiple of {unit}"
+            )
 
 
 def dtype_of(part: Model | Vae | Text) -> jnp.dtype:

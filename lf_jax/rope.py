@@ -26,7 +26,9 @@ def angles(start: Int[Array, ""], frames: int, rows: int, columns: int, head_dim
     along = (start + jnp.arange(frames), jnp.arange(rows), jnp.arange(columns))
     per_axis = [n.astype(jnp.float32)[:, None] * frequencies(p) for n, p in zip(along, axis_pairs(head_dim), strict=True)]
     grid = [
-        jnp.broadcast_to(a.reshape([-1 if i == axis else 1 for i in range(3)] + [a.shape[1]]), (frames, rows, columns, a.shape[1]))
+        jnp.broadcast_to(
+            a.reshape([-1 if i == axis else 1 for i in range(3)] + [a.shape[1]]), (frames, rows, columns, a.shape[1])
+        )
         for axis, a in enumerate(per_axis)
     ]
     return jnp.concatenate(grid, axis=-1).reshape(frames * rows * columns, head_dim // 2)

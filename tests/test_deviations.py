@@ -23,7 +23,9 @@ def test_rotary_embedding_at_frame(start, most):
     frames, rows, columns, e = 3, 30, 52, 128
     x = np.random.default_rng(0).normal(size=(1, frames * rows * columns, 1, e)).astype(np.float32)
     ours = rope.rotate(jnp.asarray(x), rope.angles(jnp.int32(start), frames, rows, columns, e))
-    places = np.stack(np.meshgrid(start + np.arange(frames), np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 3)
+    places = np.stack(np.meshgrid(start + np.arange(frames), np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(
+        -1, 3
+    )
     pairs = (22, 21, 21)
     angle = np.concatenate([places[:, i : i + 1] * 10000.0 ** (-np.arange(p) / p) for i, p in enumerate(pairs)], 1)
     turned = (x[..., 0::2].astype(np.float64) + 1j * x[..., 1::2]) * np.exp(1j * angle)[None, :, None]

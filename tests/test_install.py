@@ -34,7 +34,9 @@ def run(installed, *command) -> str:
 
 
 def test_packages_come_from_the_environment(installed):
-    where = run(installed, "python", "-c", "import configs, convert, lf_jax, pallas_kernels as p; print(lf_jax.__file__, p.__file__)")
+    where = run(
+        installed, "python", "-c", "import configs, convert, lf_jax, pallas_kernels as p; print(lf_jax.__file__, p.__file__)"
+    )
     assert str(ROOT) not in where and where.count("site-packages") == 2
 
 
