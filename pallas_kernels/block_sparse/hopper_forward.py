@@ -75,23 +75,23 @@ def forward(
              q_s, k_s, v_s, lse_s, q_full, k_full, v_full, k_free, v_free, turn):  # fmt: skip
         item, wg = lax.axis_index("item"), lax.axis_index("wg")
         cut, rest = item >= uncut, item - uncut
-        block = lax.select(cut, uncut + rest // parts, item)
-        part = lax.select(cut, rest % parts, 0)
-        b, h, at = block // (tiles * H), block // tiles % H, block % tiles
+        block = lax.select(cut, uncut + lax.div(rest, parts), item)
+        part = lax.select(cut, lax.rem(rest, parts), 0)
+        b, h, at = lax.div(block, tiles * H), lax.rem(lax.div(block, tiles), H), lax.rem(block, tiles)
 
         def walk(stream):
             """The list of a stream: query block, entries, first tile, tiles."""
             qt = at * streams + stream
             entries = lax.select(qt < nq, count_g[b, h, lax.min(qt, nq - 1)], 0)
-            total = (entries * block_k + tile - 1) // tile
-            first = lax.select(cut, part * total // parts, 0)
-            last = lax.select(cut, (part + 1) * total // parts, total)
+            total = lax.div(entries * block_k + tile - 1, tile)
+            first = lax.select(cut, lax.div(part * total, parts), 0)
+            last = lax.select(cut, lax.div((part + 1) * total, parts), total)
             return lax.min(qt, nq - 1), entries, first, last - first
 
         def entry(i, p):
             """Position in the list, and first key within the block, of piece p of tile i."""
             number = i * pieces + p
-            return (number // subs, lax.rem(number, subs) * piece) if subs > 1 else (number, 0)
+            return (lax.div(number, subs), lax.rem(number, subs) * piece) if subs > 1 else (number, 0)
 
         @pl.when(wg < 2)
         def consumer():
@@ -229,7 +229,7 @@ def forward(
                 your_turn()
                 m, z, _, p = softmax(masked(s, 0), row(-jnp.inf), row(0))
                 carry = (zeros((ROWS, D), config), m, z, p.astype(dtype))
-                clean = lax.max(lax.min(whole_g[b, h, qt] * block_k // tile - first, n), 1)
+                clean = lax.max(lax.min(lax.div(whole_g[b, h, qt] * block_k, tile) - first, n), 1)
                 carry = lax.fori_loop(1, clean, lambda i, c: step(i, c, lambda s, _: s), carry)
                 acc, m, z, p16 = lax.fori_loop(clean, n, lambda i, c: step(i, c, masked), carry)
                 acc = last_values(acc, p16, slot(n - 1))
