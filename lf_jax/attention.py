@@ -56,7 +56,7 @@ def self_attention(
         new.v,
         blocks,
         scale=q.shape[-1] ** -0.5,
-        past=Past(cache.k, cache.v, layer),
+        past=Past(cache.k, cache.v, layer) if cache.frames else None,
         frame_tokens=grid.frame_tokens,
         implementation=settings.implementation,
     )

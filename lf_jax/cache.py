@@ -2,6 +2,9 @@
 
 Frame `f` of a video lies in slot `f` until the slots run out; then every frame takes the slot of the oldest one that
 is not a sink. Nothing is ever moved, and since the slots fill from the front, the filled ones are always a prefix.
+
+A cache may have no slots at all: that of a video of one chunk, which has no past and is nobody's past. Such a cache only
+counts frames.
 """
 
 import dataclasses
@@ -40,12 +43,12 @@ class KVCache:
     sink_k: Leaf  # [layer, b, sink * padded frame, head, head_dim]: the sink where it was made; None if absolute
     sink_pooled: Leaf  # likewise of `pooled`
     end: Leaf  # [] int32: frames committed so far
-    frames: int  # frame slots
+    frames: int  # frame slots; 0 where nothing is kept
     sink: int  # the first slots, never reused
 
 
 def empty(model: config.Model, grid: Grid, settings: config.Cache, sparse: bool, batch: int, frames: int) -> KVCache:
-    """A cache that holds `settings.window` frames, or all `frames` of a video where there is no window.
+    """A cache that holds `settings.window` frames, or `frames` where there is no window.
 
     Args:
         sparse: keep the means of the key blocks, for block selection.
@@ -69,9 +72,9 @@ def empty(model: config.Model, grid: Grid, settings: config.Cache, sparse: bool,
     )
 
 
-def slots(cache: KVCache, frames: int) -> Int[Array, " {frames}"]:
-    """The slots that the next `frames` frames will take."""
-    f = cache.end + jnp.arange(frames)
+def slots(cache: KVCache, frames: int) -> Int[Array, " taken"]:
+    """The slots that the next `frames` frames will take: one each, or none where there are no slots."""
+    f = cache.end + jnp.arange(min(frames, cache.frames))
     return jnp.where(f < cache.frames, f, cache.sink + (f - cache.sink) % (cache.frames - cache.sink))
 
 
@@ -88,8 +91,10 @@ def dense_view(cache: KVCache, layer: Int[Array, ""], new: ChunkKV, frames: int)
     """The keys and values [b, s, head, e] that a dense layer attends to, and how many of the slots, from the front.
 
     The chunk's own keys take the slots that `append` will give them, so what they displace is already out of sight.
-    The copy is of one layer only.
+    The copy is of one layer only; without slots there is none, and the view is the chunk.
     """
+    if cache.frames == 0:
+        return new.k, new.v, jnp.int32(new.k.shape[1])
     take = partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
     where = slots(cache, frames)
     k, v = (_place(take(old), part, where, axis=1) for old, part in ((cache.k, new.k), (cache.v, new.v)))
@@ -121,8 +126,9 @@ def append(cache: KVCache, new: ChunkKV, frames: int, next_frames: int) -> KVCac
 
 def _place(slots: Array, new: Array, where: Int[Array, " f"], axis: int) -> Array:
     """Writes `new`, equal parts along `axis`, into the slots `where`, one part a slot."""
-    size = new.shape[axis] // where.shape[0]
-    for i, part in enumerate(jnp.split(new, where.shape[0], axis)):
+    for i in range(where.shape[0]):
+        size = new.shape[axis] // where.shape[0]
+        part = jax.lax.slice_in_dim(new, i * size, (i + 1) * size, axis=axis)
         slots = jax.lax.dynamic_update_slice_in_dim(slots, part.astype(slots.dtype), where[i] * size, axis)
     return slots
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lf_jax import config, tokens
+from lf_jax import cache, config, tokens
 from lf_jax.checkpoint import component
 from lf_jax.config import Config
 from lf_jax.dit import text_cache
@@ -39,10 +39,14 @@ class Budget:
         """The larger of the two stages: the text encoder is gone before the rollout begins."""
         return max(self.total("encoding"), self.total("rollout"))
 
+    @property
+    def cache_bytes(self) -> int:
+        """0 for a video of one chunk, which needs no cache."""
+        return sum(item.bytes for item in self.items if item.name in CACHE)
+
     def window_that_fits(self, memory: int) -> int:
         """Latent frames that the cache could hold if the device had `memory` bytes, everything else unchanged."""
-        held = sum(item.bytes for item in self.items if item.name in CACHE)
-        return max(0, (memory - self.total("rollout") + held) // self.frame_bytes)
+        return max(0, (memory - self.total("rollout") + self.cache_bytes) // self.frame_bytes)
 
 
 CACHE = ("KV cache", "means of key blocks")
@@ -77,7 +81,8 @@ def memory(settings: Config, batch: int = 1, compiled: bool = False) -> Budget:
         passes = temporary(step), temporary(decode_pixels.lower(autoencoder, latents, decoder))
     else:
         passes = chunk_activations(settings, rows, lengths[-1], kv.frames), decode_activations(settings, pixels)
-    kept, pooled = f"{kv.frames} latent frames", size((kv.pooled, kv.sink_pooled))
+    kept = f"{kv.frames} latent frames" if kv.frames else "one chunk: no past, no future"
+    pooled = size((kv.pooled, kv.sink_pooled))
     items = [
         Item("text encoder", size(encoder), f"{count(encoder):,} parameters, dropped after encoding", "encoding"),
         Item("text activations", text_activations(settings), f"{settings.text.length} tokens", "encoding", False),
@@ -95,8 +100,9 @@ def memory(settings: Config, batch: int = 1, compiled: bool = False) -> Budget:
             compiled,
         ),
     ]
-    slots = kv.frames + (0 if kv.sink_k is None else kv.sink)
-    return Budget(tuple(items), (size((kv.k, kv.v, kv.sink_k)) + pooled) // slots)
+    sparse = not settings.sparsity.dense
+    slot = jax.eval_shape(lambda: cache.empty(settings.model, grid, config.Cache(), sparse, rows, 1))
+    return Budget(tuple(items), size((slot.k, slot.v, slot.pooled)))
 
 
 def temporary(program: jax.stages.Lowered) -> int:
@@ -120,13 +126,13 @@ def count(tree: Any) -> int:
 
 
 def chunk_activations(settings: Config, rows: int, chunk: int, cached: int) -> int:
-    """One pass over a chunk: the stream, q, k, v and the output or the feed-forward's hidden layer, and every layer's new
-    keys and values; where attention is dense also one layer's view of the cache."""
+    """One pass over a chunk: the stream, q, k, v and the output or the feed-forward's hidden layer; where there is a cache
+    also every layer's new keys and values, and where attention is dense one layer's view of it."""
     grid, model = tokens.Grid.of(settings), settings.model
     width = jnp.dtype(model.dtype).itemsize
     live, padded = chunk * grid.frame_tokens, chunk * grid.padded_frame
     layer = live * (2 * model.dim + max(4 * model.dim, model.ffn_dim))
-    new = 2 * model.layers * padded * model.dim
+    new = 2 * model.layers * padded * model.dim if cached else 0
     view = 2 * cached * grid.padded_frame * model.dim if settings.sparsity.dense else 0
     return rows * (layer + new + view) * width
 

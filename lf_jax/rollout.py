@@ -6,6 +6,9 @@
 
 Everything that a video so far is made of is in `RolloutState`, so a rollout can stop after any chunk, be saved or
 forked, and go on as if it had not stopped. `Config.video.num_frames` is not read here.
+
+A video planned as one chunk without a window (the bidirectional models) has no past to read and no chunk to follow: its
+cache has no slots, and the pass that would fill them is left out.
 """
 
 import dataclasses
@@ -45,6 +48,7 @@ def initial_state(config: Config, batch: int, frames: int, keys: Key[Array, " b"
         batch: videos made together.
         frames: latent frames that the whole video is planned to have, prefilled ones included. Chunk-Aware Growth
             spreads the sparsity over this plan, so a video continued from a state follows the plan of that state.
+            Without a window the cache holds them all, or none where they are one chunk.
         keys: one a video.
 
     Raises:
@@ -56,7 +60,7 @@ def initial_state(config: Config, batch: int, frames: int, keys: Key[Array, " b"
     sparse = not config.sparsity.dense
     budgets = chunk_budgets(lengths, 0, grid, config.sparsity, config.cache) if sparse else None
     return RolloutState(
-        cache=kv.empty(config.model, grid, config.cache, sparse, batch * branches(config), frames),
+        cache=kv.empty(config.model, grid, config.cache, sparse, batch * branches(config), frames if len(lengths) > 1 else 0),
         keys=jnp.copy(keys),  # a donated state must not take the caller's keys along
         chunk=jnp.zeros((), jnp.int32),
         budgets=None if budgets is None else dataclasses.replace(budgets, blocks=jnp.asarray(budgets.blocks)),
@@ -128,7 +132,8 @@ def prefill(
     """Commits clean latents as if they had been generated: the first image, or a video to extend.
 
     They are cached at timestep 0, whatever the context of generated chunks is cached at (Self-Forcing). The frames must
-    be whole chunks: one image needs `independent_first_frame`.
+    be whole chunks: one image needs `independent_first_frame`. Of a video planned as one chunk they are the whole video:
+    they are counted, and nothing can follow.
 
     Raises:
         ValueError: as `rollout`.
@@ -289,7 +294,9 @@ def commit_chunk(
     config: Config,
     timestep: float,
 ) -> KVCache:
-    """The pass whose only purpose is the keys and values of a finished chunk."""
+    """The pass whose only purpose is the keys and values of a finished chunk; none where the cache would not hold them."""
+    if cache.frames == 0:
+        return dataclasses.replace(cache, end=cache.end + latents.shape[1])
     both = jnp.tile(latents.astype(jnp.float32), (branches(config), 1, 1, 1, 1))
     times = jnp.full(both.shape[:2], timestep, jnp.float32)
     _, new = forward(model, both, times, text, cache, budget, Grid.of(config), config.sparsity)
@@ -333,7 +340,8 @@ def _budget(state: RolloutState, chunk: Int[Array, ""]) -> Budget | None:
 def _admit(text: TextCache, frames: int, state: RolloutState, config: Config) -> tuple[tuple[int, ...], Array | bool]:
     """The chunks that `frames` more frames split into, and whether the state has room for them.
 
-    A cache without a window would overwrite its first frames, and a plan that has run out has no budgets left.
+    A cache without a window would overwrite its first frames, one without slots forgets the first chunk, and a plan that
+    has run out has no budgets left.
     """
     settings, cache = config.rollout, state.cache
     traced = isinstance(state.chunk, jax.core.Tracer)
@@ -342,14 +350,15 @@ def _admit(text: TextCache, frames: int, state: RolloutState, config: Config) ->
     lengths = chunk_lengths(frames, settings.chunk_frames, starts)
     planned = None if state.budgets is None else state.budgets.blocks.shape[0]
     end, chunk = (0, 0) if traced else (int(cache.end), int(state.chunk))
+    room = cache.frames or lengths[0]
     if config.cache.window is None:
-        check(end + frames <= cache.frames, f"{frames=} after {end} exceed the {cache.frames} frames that the cache holds")
+        check(end + frames <= room, f"{frames=} after {end} exceed the {room} frames that the state has room for")
     check(
         planned is None or chunk + len(lengths) <= planned, f"{frames=} after chunk {chunk} exceed the plan of {planned} chunks"
     )
     if not traced:
         return lengths, True
-    fits = jnp.bool_(config.cache.window is not None) | (cache.end + frames <= cache.frames)
+    fits = jnp.bool_(config.cache.window is not None) | (cache.end + frames <= room)
     fits &= jnp.bool_(planned is None) | (state.chunk + len(lengths) <= (planned or 0))
     return lengths, fits & (jnp.bool_(not longer) | ((state.chunk == 0) == starts))
 

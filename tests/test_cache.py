@@ -129,3 +129,17 @@ def test_only_what_is_needed_is_kept():
     assert sparse.pooled.shape == (2, 2, 7 * 2, 1, 12) and sparse.pooled.dtype == jnp.float32
     assert sparse.sink_k.shape == (2, 2, 6, 1, 12) and sparse.sink_pooled.shape == (2, 2, 2, 1, 12)
     assert kv.empty(MODEL, GRID, config.Cache(), False, 2, 21).k.shape[2] == 21 * 6
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_cache_without_slots_counts_and_keeps_nothing(sparse):
+    none = kv.empty(MODEL, GRID, config.Cache(), sparse, 1, 0)
+    new = chunk_kv(list(raw_frames(0, 3)))
+    assert kv.slots(none, 3).shape == kv.visible(none, 3).shape == (0,)
+    layer = jax.tree.map(lambda a: a[1], new)
+    k, v, length = kv.dense_view(none, jnp.int32(1), layer, 3)
+    np.testing.assert_array_equal(k, layer.k)
+    np.testing.assert_array_equal(v, layer.v)
+    assert int(length) == 3 * 6
+    after = append(none, new, 3, 3)
+    assert int(after.end) == 3 and after.k.size == after.v.size == 0 and (after.pooled is not None) is sparse

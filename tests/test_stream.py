@@ -131,7 +131,7 @@ def advanced(config, frames, planned):
 def test_frames_beyond_the_cache_or_the_plan_are_refused():
     noise = draw(2, 6, *FRAME)
     for config, planned, rule in (
-        (CONFIG, 3, "6 after 0 exceed the 3 frames that the cache holds"),
+        (CONFIG, 3, "6 after 0 exceed the 3 frames that the state has room for"),
         (LONG, 3, "exceed the plan of 1 chunks"),
     ):
         state = initial_state(config, 2, planned, KEYS)

@@ -44,13 +44,12 @@ class Plan:
             return
         show_config(config, batch=self.batch)
         Console().print(as_table(budget))
-        print(f"peak {budget.peak / UNIT:.2f} GiB; each latent frame in the cache takes {budget.frame_bytes / 2**20:.0f} MiB")
+        frame = f"; each latent frame in the cache takes {budget.frame_bytes / 2**20:.0f} MiB" if budget.cache_bytes else ""
+        print(f"peak {budget.peak / UNIT:.2f} GiB{frame}")
         if memory is not None:
             verdict = "fits" if budget.peak <= memory else "does NOT fit"
-            print(
-                f"{verdict} into {memory / UNIT:.1f} GiB ({(memory - budget.peak) / UNIT:+.2f} GiB); "
-                f"the cache could hold {budget.window_that_fits(memory)} latent frames"
-            )
+            window = f"; the cache could hold {budget.window_that_fits(memory)} latent frames" if budget.cache_bytes else ""
+            print(f"{verdict} into {memory / UNIT:.1f} GiB ({(memory - budget.peak) / UNIT:+.2f} GiB){window}")
 
 
 def as_table(budget: plan.Budget) -> Table:
