@@ -34,8 +34,8 @@ def read(path: pathlib.Path, branches: Sequence[str]) -> tuple[Tensors, str | No
         raise ValueError(
             f"{path} is no checkpoint, or holds more than tensors, which is never executed here: {error}"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is truncated or no checkpoint of torch: {error}") from error
+    except Exception as error:  # what the reader of old files stumbles over first in any other file could be anything
+        raise ValueError(f"{path} is truncated or no checkpoint of torch: {type(error).__name__}: {error}") from error
     check(isinstance(loaded, dict), f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors")
     inside = [name for name, value in loaded.items() if isinstance(value, dict)]
     branch = next((name for name in branches if name in inside), None)

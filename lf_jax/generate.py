@@ -122,6 +122,20 @@ def check_state(state: StreamState, config: Config) -> None:
         f"state was made with other settings: its keys are {cache.k.dtype} {cache.k.shape} with sink {cache.sink}, "
         f"expected {expected.k.dtype} {expected.k.shape} with sink {expected.sink}",
     )
+    planned, stride = planned_frames(state, config), config.vae.temporal_stride
+    check(
+        planned is None or sum(video_chunks(config)) <= planned,
+        f"num_frames={config.video.num_frames} but state was planned for {1 + ((planned or 1) - 1) * stride} frames: "
+        "expected at most as many",
+    )
+
+
+def planned_frames(state: StreamState, config: Config) -> int | None:
+    """Latent frames that the whole video of a state can have: with a window and dense attention any number, None."""
+    first, budgets, cache = video_chunks(config)[0], state.rollout.budgets, state.rollout.cache
+    if budgets is not None:
+        return first + (budgets.blocks.shape[0] - 1) * config.rollout.chunk_frames
+    return None if config.cache.window is not None else cache.frames or first
 
 
 _text_cache = jax.jit(text_cache)

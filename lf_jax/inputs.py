@@ -89,6 +89,7 @@ def _pixels(config: Config, batch: int, frames: int | None, source: Pixels) -> n
 def _check_whole_chunks(unit: str, given: int, ends: Sequence[int]) -> None:
     """`ends`: frames of the video after each of its chunks."""
     advice = "; a single image needs a model with rollout.independent_first_frame" if given == 1 and ends[0] > 1 else ""
+    check(len(ends) > 1, f"{given} initial {unit} leave nothing to generate: the whole video is one chunk of {ends[0]}")
     check(
         given in ends[:-1],
         f"{given} initial {unit} must be whole chunks of a longer video, expected one of {list(ends[:-1])}{advice}",

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from lf_jax import checkpoint, presets, vae
-from lf_jax.checkpoint import component
+from lf_jax.checkpoint import component, tensorfile
 from lf_jax.config import Config, Model, Text, Vae, check
 from lf_jax.dit import WanDiT
 from lf_jax.text import UMT5, Tokenizer, fingerprint, tiny_model
@@ -29,6 +29,13 @@ class Source:
     config: Config
     folder: pathlib.Path | None
     seed: int = 0
+
+    def check(self, *names: str) -> None:
+        """Raises ValueError if a component is missing or its file is truncated: cheap, so it can come before long work."""
+        for name in names if self.folder is not None else ():
+            checkpoint.load_part(self.folder, name)
+            if not (self.folder / name / component.ORBAX).is_dir():
+                tensorfile.TensorFile(self.folder / name / component.TENSORS)
 
     def dit(self) -> WanDiT:
         return self._load("dit")

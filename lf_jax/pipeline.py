@@ -18,6 +18,8 @@ from lf_jax.noise import sample_key
 from lf_jax.rollout import branches
 from lf_jax.text import Embeddings, clean, encode
 
+Seeds = int | np.integer | Sequence[int] | np.ndarray
+
 
 class Pipeline:
     """A transformer and an autoencoder in memory, and a text encoder that is loaded only while prompts are encoded.
@@ -43,7 +45,7 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = 0,
         num_frames: int | None = None,
         negative_prompt: str | None = None,
         embeddings: Embeddings | None = None,
@@ -71,7 +73,9 @@ class Pipeline:
             ValueError: naming what does not fit, with expected and received, before anything is computed.
         """
         config = self.configure(num_frames, negative_prompt, parts)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        words = bool(prompts) and all(isinstance(one, str) for one in prompts)
+        check(words, f"{prompt=} must be a string, or one or more of them")
         video_chunks(config)
         given = first_frames(self.vae, config, len(prompts), initial_image, initial_video, initial_latents)
         text = self.text(prompts, config, embeddings)  # the encoder is gone before the cache is allocated
@@ -98,19 +102,29 @@ class Pipeline:
             embeddings = self._latest
         return jnp.asarray(embeddings.select(wanted))
 
-    def keys(self, prompts: Sequence[str], seed: int | Sequence[int]) -> Key[Array, " b"]:
+    def keys(self, prompts: Sequence[str], seed: Seeds) -> Key[Array, " b"]:
         """The random keys of videos: of their own prompt and seed."""
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        seeds = [int(n) for n in ([seed] * len(prompts) if np.ndim(seed) == 0 else seed)]
         check(len(seeds) == len(prompts), f"seed holds {len(seeds)} numbers, expected one, or {len(prompts)}")
         return jnp.stack([sample_key(n, clean(prompt)) for n, prompt in zip(seeds, prompts, strict=True)])
 
     def configure(self, num_frames: int | None = None, negative_prompt: str | None = None, parts: dict | None = None) -> Config:
         """The pipeline's config with a call's changes."""
+        known = {field.name: type(getattr(self.config, field.name)) for field in dataclasses.fields(self.config)}
+        for name, part in (parts or {}).items():
+            check(
+                name in known,
+                f"unknown argument {name!r}: expected one of stream's, or a part of the config: {', '.join(known)}",
+            )
+            check(isinstance(part, known[name]), f"{name}={part!r} must be an lf_jax.config.{known[name].__name__}")
         fixed = {"model", "vae", "text"} & set(parts or {})
         check(not fixed, f"{', '.join(sorted(fixed))} cannot change after loading; `lf_jax.load(..., config=...)` takes them")
         config = with_frames(dataclasses.replace(self.config, **(parts or {})), num_frames)
         if negative_prompt is None:
             return config
+        check(
+            branches(config) == 2, f"{negative_prompt=} has no use at {config.rollout.guidance_scale=}: expected another scale"
+        )
         return dataclasses.replace(config, video=dataclasses.replace(config.video, negative_prompt=negative_prompt))
 
 

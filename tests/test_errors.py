@@ -83,7 +83,10 @@ def test_wrong_folder(capsys, tmp_path):
 
 def test_missing_component(capsys, tmp_path, model):
     shutil.rmtree(model / "vae")
-    assert "model has no vae, only dit, text" in fails(capsys, *sample(model, tmp_path))
+    message = fails(capsys, *sample(model, tmp_path))
+    assert "model has no vae, only dit, text" in message
+    shutil.rmtree(model / "text")
+    assert "model has no vae, only dit" in fails(capsys, "stream", *sample(model, tmp_path, "--overwrite")[1:])
     assert untouched(tmp_path)
 
 
@@ -92,8 +95,10 @@ def test_missing_tokenizer(capsys, tmp_path, model):
     assert "spiece.model" in fails(capsys, *sample(model, tmp_path))
 
 
-def test_truncated_weights(capsys, tmp_path, model):
-    file = model / "dit" / "model.safetensors"
+@pytest.mark.parametrize("component", ["dit", "vae", "text"])
+def test_truncated_weights(capsys, tmp_path, model, component, monkeypatch):
+    monkeypatch.setattr("lf_jax.pipeline.encode_prompts", lambda *_: pytest.fail("prompts were encoded before"))
+    file = model / component / "model.safetensors"
     os.truncate(file, file.stat().st_size - 100)
     message = fails(capsys, *sample(model, tmp_path))
     assert f"{file} is truncated: expected" in message
@@ -136,6 +141,8 @@ def test_unwritable_target(capsys, tmp_path, good):
     words = ("--model", good, "--prompt", "one", "--output", tmp_path / "out" / "a.mp4")
     assert "cannot be written" in fails(capsys, "stream", *words)
     assert "cannot be written" in fails(capsys, "encode", *words)
+    state = ("--output", tmp_path / "a.mp4", "--state-out", tmp_path / "out" / "a.state")
+    assert f"--state-out {tmp_path / 'out'} cannot be written" in fails(capsys, "stream", *words[:4], *state)
 
 
 def test_prompts(capsys, tmp_path, good):
@@ -165,7 +172,7 @@ def test_initial_frames(capsys, tmp_path, good):
     pipe = small.pipe()
     write_mp4(tmp_path / "a.mp4", pipe("one", num_frames=9)[0], 16)
     message = fails(capsys, *sample(good, tmp_path, "--initial-video", tmp_path / "a.mp4", "--num-frames", 9))
-    assert "9 initial frames must be whole chunks of a longer video" in message
+    assert "9 initial frames leave nothing to generate" in message
 
 
 def test_states(capsys, tmp_path, good):
@@ -178,6 +185,8 @@ def test_states(capsys, tmp_path, good):
     assert "a.mp4 exists; --overwrite replaces it" in fails(capsys, *words)
     resumed = (*words[:-1], tmp_path / "b.mp4", "--state-in", tmp_path / "a.state")
     assert "state was made with other settings" in fails(capsys, *resumed, "--cache.window", 6)
+    longer = fails(capsys, *resumed, "--num-frames", 45)
+    assert "num_frames=45 but state was planned for 33 frames" in longer
     os.truncate(tmp_path / "a.state", 5000)
     assert "truncated" in fails(capsys, *resumed)
     assert not (tmp_path / "b.mp4").exists()

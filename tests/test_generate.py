@@ -44,12 +44,12 @@ def test_a_stream_is_the_same_video_chunk_by_chunk(pipe, video):
 
 
 def test_seed_and_prompt_each_change_the_video(pipe, video):
-    assert (pipe(PROMPT, seed=4) != video).mean() > 0.5
+    assert (pipe(PROMPT, seed=np.int64(4)) != video).mean() > 0.5
     assert (pipe("a blue ball", seed=3) != video).mean() > 0.5
 
 
 def test_a_video_does_not_depend_on_its_batch(pipe, video):
-    both = pipe(["waves", PROMPT], seed=[0, 3])
+    both = pipe(["waves", PROMPT], seed=np.array([0, 3]))
     assert both.shape[0] == 2
     assert np.abs(both[1].astype(int) - video[0]).max() <= 1  # matrix products of another size round otherwise
     assert (both[0] != both[1]).mean() > 0.5
@@ -159,6 +159,10 @@ def test_a_window_goes_on_past_the_plan(pipe):
         ({"num_frames": 80}, "num_frames=80 does not fit.*69 or 81"),
         ({"num_frames": 5}, "num_frames=5 does not fit.*are 9"),
         ({"seed": [1, 2]}, "seed holds 2 numbers, expected one, or 1"),
+        ({"prompt": []}, r"prompt=\[\] must be a string, or one or more"),
+        ({"negative_prompt": "grey"}, "negative_prompt='grey' has no use at .*guidance_scale=1.0"),
+        ({"guidance_scale": 3.0}, "unknown argument 'guidance_scale'.*rollout"),
+        ({"cache": {"window": 6}}, r"cache={'window': 6} must be an lf_jax.config.Cache"),
         ({"model": CONFIG.model}, "model cannot change after loading"),
         ({"initial_video": np.zeros((9, 32, 40, 3), np.uint8)}, r"shape \(1, 9, 32, 40, 3\), expected .*32, 48, 3"),
         ({"initial_video": np.zeros((9, 32, 48, 3), np.float32)}, "dtype float32, expected uint8"),
@@ -171,7 +175,7 @@ def test_a_window_goes_on_past_the_plan(pipe):
 )
 def test_what_does_not_fit_is_named(pipe, call, message):
     with pytest.raises(ValueError, match=message):
-        pipe.stream(PROMPT, **call)
+        pipe.stream(**{"prompt": PROMPT} | call)
 
 
 def test_a_state_of_other_settings_is_refused(pipe):

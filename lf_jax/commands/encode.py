@@ -36,7 +36,7 @@ class Encode:
         show_config(self.settings, weights=self.model, output=self.output)
         prompts = tuple(dict.fromkeys(pipeline.texts(read_prompts(self.prompt, self.prompts), self.settings)))
         check(self.overwrite or not self.output.exists(), f"--output {self.output} exists; --overwrite replaces it")
-        outputs.check_writable(self.output.absolute().parent)
+        outputs.check_writable("--output", self.output.absolute().parent)
         source = loading.find(self.model, self.settings, self.weights_seed)
         note("loading the text encoder")
         with progress() as bar:

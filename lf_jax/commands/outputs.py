@@ -54,7 +54,7 @@ class Manifest:
 
     def __init__(self, folder: pathlib.Path, recipe: str):
         self.folder, self.recipe = folder, recipe
-        check_writable(folder)
+        check_writable("--output", folder)
         self.made: dict[str, dict] = {}
         if self.path.exists():
             try:
@@ -107,11 +107,11 @@ def recipe_of(config: Config, model: str, weights_seed: int, inputs: Sequence[pa
     return digest.hexdigest()[:16]
 
 
-def check_writable(folder: pathlib.Path) -> None:
-    """Makes the folder, and raises ValueError if files cannot be written in it."""
+def check_writable(option: str, folder: pathlib.Path) -> None:
+    """Makes the folder that `option` puts files in, and raises ValueError if they cannot be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"--output {folder} cannot be written: {error.strerror}") from error
+        raise ValueError(f"{option} {folder} cannot be written: {error.strerror}") from error

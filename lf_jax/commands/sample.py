@@ -53,6 +53,7 @@ class Sample:
             check(getattr(self, name) > 0, f"--{name} {getattr(self, name)} must be positive")
         chunks = len(video_chunks(config))
         source = loading.find(self.model, config, self.weights_seed)
+        source.check(*(("dit", "vae") if self.embeddings else ("dit", "vae", "text")))
         encoded = None if self.embeddings is None else text.load_embeddings(self.embeddings, source.fingerprint())
         prompts = self._prompts(config, encoded)
         inputs = (self.initial_image, self.initial_video, self.embeddings)

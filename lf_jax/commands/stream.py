@@ -50,12 +50,13 @@ class Stream:
         config = pipeline.with_frames(self.settings, self.num_frames)
         show_config(config, weights=self.model, output=self.output)
         video_chunks(config)
-        for name in ("output", "state_out"):
-            if (path := getattr(self, name)) is not None:
-                check(self.overwrite or not path.exists(), f"--{name.replace('_', '-')} {path} exists; --overwrite replaces it")
-                outputs.check_writable(path.absolute().parent)
+        for option, path in (("--output", self.output), ("--state-out", self.state_out)):
+            if path is not None:
+                check(self.overwrite or not path.exists(), f"{option} {path} exists; --overwrite replaces it")
+                outputs.check_writable(option, path.absolute().parent)
         state = None if self.state_in is None else read_state(self.state_in)
         source = loading.find(self.model, config, self.weights_seed)
+        source.check(*(("dit", "vae") if self.embeddings else ("dit", "vae", "text")))
         encoded = None if self.embeddings is None else text.load_embeddings(self.embeddings, source.fingerprint())
         pipe = pipeline.load(self.model, config, seed=self.weights_seed)
         stream = pipe.stream(

@@ -78,6 +78,16 @@ def test_transposed_storage_and_parameters(tmp_path):
     assert_identical(torch.load(tmp_path / "o.pth", weights_only=True), tensors)
 
 
+@pytest.mark.parametrize(
+    "content", [b"hi\n", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n", b"\0" * 64]
+)
+def test_a_file_that_is_something_else(content, tmp_path):
+    path = tmp_path / "m.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="m.pt is (truncated|no checkpoint)"):
+        convert.convert("self_forcing", path, tmp_path / "dir", preset=PRESET)
+
+
 @pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_truncated_file(keep, zipped, tmp_path):
