@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 # The main job from its real beginning: PyTorch checkpoints in their original layouts, here with random weights.
 demo: $(VENV)/installed
