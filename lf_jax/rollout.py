@@ -108,8 +108,8 @@ def rollout(
         ValueError: if `f` is not made of whole chunks, batches disagree, or the frames exceed what `state` was made
             for. Where that can only be known while running, because `state` is traced, the latents are NaN instead.
     """
-    lengths, fits = _admit(text, noise.shape[1], state, config)
-    _check_batch(text, noise.shape[0], state, config)
+    _check_inputs(text, noise.shape[0], state, config, noise=noise)
+    lengths, fits = _admit(noise.shape[1], state, config)
     if step_noise is not None:
         wanted = (draws(config), *noise.shape)
         check(step_noise.shape == wanted, f"step_noise has shape {step_noise.shape}, expected {wanted}")
@@ -138,8 +138,8 @@ def prefill(
     Raises:
         ValueError: as `rollout`.
     """
-    lengths, fits = _admit(text, latents.shape[1], state, config)
-    _check_batch(text, latents.shape[0], state, config)
+    _check_inputs(text, latents.shape[0], state, config, latents=latents)
+    lengths, fits = _admit(latents.shape[1], state, config)
 
     def chunk(carry: tuple[KVCache, Array], inputs: tuple[Array, None]) -> tuple[tuple[KVCache, Array], Array]:
         cache, index = carry
@@ -172,10 +172,13 @@ def stream(
     Raises:
         ValueError: as `rollout`, before the first chunk.
     """
-    lengths, _ = _admit(text, frames, state, config)
-    _check_batch(text, state.keys.shape[0], state, config)
-    for name, given in (("noise", noise), ("step_noise", step_noise)):
-        check(given is None or given.shape[-4] == frames, f"{name} has another number of frames than {frames=}")
+    _check_inputs(text, state.keys.shape[0], state, config, noise=noise)
+    lengths, _ = _admit(frames, state, config)
+    shape = (state.keys.shape[0], frames, *_frame_shape(config))
+    for name, given, wanted in (("noise", noise, shape), ("step_noise", step_noise, (draws(config), *shape))):
+        check(
+            given is None or given.shape == wanted, f"{name} has shape {given is not None and given.shape}, expected {wanted}"
+        )
     return _stream(model, text, noise, state, config, lengths, step_noise)
 
 
@@ -337,7 +340,7 @@ def _budget(state: RolloutState, chunk: Int[Array, ""]) -> Budget | None:
     return dataclasses.replace(state.budgets, blocks=state.budgets.blocks[chunk])
 
 
-def _admit(text: TextCache, frames: int, state: RolloutState, config: Config) -> tuple[tuple[int, ...], Array | bool]:
+def _admit(frames: int, state: RolloutState, config: Config) -> tuple[tuple[int, ...], Array | bool]:
     """The chunks that `frames` more frames split into, and whether the state has room for them.
 
     A cache without a window would overwrite its first frames, one without slots forgets the first chunk, and a plan that
@@ -363,11 +366,25 @@ def _admit(text: TextCache, frames: int, state: RolloutState, config: Config) ->
     return lengths, fits & (jnp.bool_(not longer) | ((state.chunk == 0) == starts))
 
 
-def _check_batch(text: TextCache, batch: int, state: RolloutState, config: Config) -> None:
+def _check_inputs(text: TextCache, batch: int, state: RolloutState, config: Config, **latents: Array | None) -> None:
+    """Raises ValueError where text, state and the named latents do not belong to `config` or to each other."""
+    frame, cache, settings = _frame_shape(config), state.cache, config.cache
+    for name, given in latents.items():
+        fits = given is None or (given.ndim == 5 and given.shape[2:] == frame)
+        check(fits, f"{name} has shape {given is not None and given.shape}, expected (b, f, {', '.join(map(str, frame))})")
     wanted = batch * branches(config)
-    for name, size in (("text", text.k.shape[1]), ("state.cache", state.cache.k.shape[1])):
+    for name, size in (("text", text.k.shape[1]), ("state.cache", cache.k.shape[1])):
         check(
             size == wanted,
             f"{name} has batch {size}, expected {wanted}: {batch} videos, {branches(config)} network passes each",
         )
     check(state.keys.shape == (batch,), f"state.keys has shape {state.keys.shape}, expected {(batch,)}")
+    planned = state.budgets is not None
+    check(
+        planned != config.sparsity.dense,
+        f"state was made {'with' if planned else 'without'} block budgets, {config.sparsity.policy=} needs the other",
+    )
+    check(
+        settings.window in (None, cache.frames) and settings.sink == cache.sink,
+        f"state.cache has {cache.frames} slots and a sink of {cache.sink}, expected {settings}",
+    )

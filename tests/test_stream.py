@@ -163,6 +163,7 @@ def test_wrong_sizes_are_refused():
     one = jax.tree.map(lambda a: a[:, :1], TEXT)
     guided = change(rollout=dict(sampler="euler", guidance_scale=2.0))
     image = change(rollout=dict(independent_first_frame=True))
+    sparse, window = change(sparsity=SPARSE), change(cache=dict(window=6))
     cases = [
         ("frames=4 latent frames do not split", lambda: rollout(MODEL, TEXT, noise[:, :4], state, CONFIG)),
         ("frames=8 latent frames do not split", lambda: initial_state(CONFIG, 2, 8, KEYS)),
@@ -172,7 +173,12 @@ def test_wrong_sizes_are_refused():
         ("state.cache has batch 2, expected 1", lambda: rollout(MODEL, one, noise[:1], state, CONFIG)),
         ("keys has shape", lambda: initial_state(CONFIG, 3, 9, KEYS)),
         ("step_noise has shape", lambda: rollout(MODEL, TEXT, noise, state, CONFIG, draw(2, 2, 9, *FRAME))),
-        ("noise has another number of frames", lambda: stream(MODEL, TEXT, noise[:, :6], state, CONFIG, 9)),
+        (r"noise has shape \(2, 6, .*expected \(2, 9,", lambda: stream(MODEL, TEXT, noise[:, :6], state, CONFIG, 9)),
+        ("step_noise has shape", lambda: stream(MODEL, TEXT, noise, state, CONFIG, 9, draw(2, 2, 9, *FRAME))),
+        (r"noise has shape .* expected \(b, f, 4, 6, 4\)", lambda: rollout(MODEL, TEXT, noise[..., :2], state, CONFIG)),
+        (r"latents has shape .* expected \(b, f, 4, 6, 4\)", lambda: prefill(MODEL, TEXT, noise[:, :3, :2], state, CONFIG)),
+        ("without block budgets, .*policy='light_forcing'", lambda: rollout(MODEL, TEXT, noise, state, sparse)),
+        ("9 slots and a sink of 0, expected .*window=6", lambda: rollout(MODEL, TEXT, noise, state, window)),
     ]
     for rule, call in cases:
         with pytest.raises(ValueError, match=rule):
