@@ -16,7 +16,7 @@ from pallas_kernels.block_sparse import api
 REQUIRED = ("jax", "jaxlib", "flax", "numpy", "safetensors", "orbax-checkpoint", "sentencepiece", "ftfy", "av", "tyro")
 OPTIONAL = {
     "torch": "lf-jax convert reads .pt and .pth files with it",
-    "huggingface-hub": "downloads checkpoints",
+    "huggingface-hub": "its command hf fetches checkpoints",
     "diffusers": "parity tests",
     "transformers": "parity tests",
 }

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from lf_jax.cli import COMMANDS
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
 
@@ -45,9 +47,14 @@ def test_torch_is_not_needed(installed):
 
 
 def test_every_command_explains_itself(installed):
-    for command in ("sample", "stream", "encode", "convert", "export", "parity", "plan", "doctor"):
+    for command in COMMANDS:
         assert command in run(installed, "lf-jax", "--help")
         assert len(run(installed, "lf-jax", command, "--help").splitlines()) > 5
+
+
+def test_every_converter_loads(installed):
+    tables = "[part.module.rules for family in convert.FAMILIES.values() for part in family.parts]"
+    assert int(run(installed, "python", "-c", f"import convert; print(len({tables}))")) >= 12
 
 
 def test_every_preset_loads(installed):
