@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse.types import Past
@@ -82,23 +81,3 @@ def kernel(body, config: Config, **kwargs):
     extra = {} if config.interpret is None else {"interpret": config.interpret}
     params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane)
     return plgpu.kernel(body, num_threads=3, thread_name="wg", compiler_params=params, **kwargs, **extra)
-
-
-def cut_heads(batch: int, heads: int, tiles: int, config: Config) -> int:
-    """How many heads of the last batch row are cut: those that reach into the last, partly filled wave."""
-    if config.parts == 1:
-        return 0
-    rest = batch * heads * tiles % config.multiprocessors
-    return min(-(-rest // tiles), heads)
-
-
-def copy_entry(old, new, to, barrier, block, begin, size, *, batch, head, row, cached, block_k):
-    """Starts the copy of `size` keys from `begin` on of a key block: of the cache, or behind it of the chunk."""
-
-    @pl.when(block < cached)
-    def _():
-        plgpu.copy_gmem_to_smem(old.at[row, pl.ds(block * block_k + begin, size), head], to, barrier)
-
-    @pl.when(block >= cached)
-    def _():
-        plgpu.copy_gmem_to_smem(new.at[batch, pl.ds((block - cached) * block_k + begin, size), head], to, barrier)

@@ -20,23 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse import lists
-from pallas_kernels.block_sparse.hopper_common import (
-    LOG2E,
-    ROW,
-    ROWS,
-    SWIZZLED,
-    Config,
-    across,
-    copy_entry,
-    cut_heads,
-    dot,
-    iota,
-    kernel,
-    live,
-    stacked,
-    zeros,
-)
+from pallas_kernels.block_sparse.hopper_common import LOG2E, ROW, ROWS, SWIZZLED, Config, across, dot, kernel, zeros
+from pallas_kernels.block_sparse.hopper_walk import QUERIES, Walk
 from pallas_kernels.block_sparse.types import BlockMap, Past
 
 
@@ -53,63 +38,30 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """out [b, tq, head, e] and the log-sum-exp [b, head, tq] float32, natural logarithm. Arguments as in the public call;
     `hopper.reason` says what they may be."""
-    B, tq, H, D = q.shape
-    dtype, S, block_k = q.dtype, config.stages, blocks.block_k
-    interpreted = config.interpret is not None
-    index, whole = lists.live_first(blocks, frame_tokens)
-    nq, width = index.shape[2:]
-    # Query blocks of 128 share their tiles between both warpgroups; those of 64 have a stream of smaller ones each.
-    streams = 2 * ROWS // blocks.block_q
-    tile = 2 * ROWS // streams
-    piece = min(block_k, tile)  # keys of one copy
-    pieces, subs = tile // piece, block_k // piece  # copies to a tile, copies to a block
-    past_k, past_v, rows, slots = stacked(past, k, v)
-    cached = slots // block_k
+    walk = Walk(q, k, v, blocks, past, frame_tokens, config)
+    D, dtype, tile, interpreted = walk.e, q.dtype, walk.tile, config.interpret is not None
 
-    tiles = -(-tq // (2 * ROWS))
-    cut_rows = cut_heads(B, H, tiles, config)
-    parts = config.parts if cut_rows else 1
-    uncut = (B * H - cut_rows) * tiles
-
-    def body(q_g, k_g, v_g, pk_g, pv_g, rows_g, index_g, count_g, whole_g, o_g, lse_g, part_g, part_lse_g,
-             q_s, k_s, v_s, lse_s, q_full, k_full, v_full, k_free, v_free, turn):  # fmt: skip
-        item, wg = lax.axis_index("item"), lax.axis_index("wg")
-        cut, rest = item >= uncut, item - uncut
-        block = lax.select(cut, uncut + lax.div(rest, parts), item)
-        part = lax.select(cut, lax.rem(rest, parts), 0)
-        b, h, at = lax.div(block, tiles * H), lax.rem(lax.div(block, tiles), H), lax.rem(block, tiles)
-
-        def walk(stream):
-            """The list of a stream: query block, entries, first tile, tiles."""
-            qt = at * streams + stream
-            entries = lax.select(qt < nq, count_g[b, h, lax.min(qt, nq - 1)], 0)
-            total = lax.div(entries * block_k + tile - 1, tile)
-            first = lax.select(cut, lax.div(part * total, parts), 0)
-            last = lax.select(cut, lax.div((part + 1) * total, parts), total)
-            return lax.min(qt, nq - 1), entries, first, last - first
-
-        def entry(i, p):
-            """Position in the list, and first key within the block, of piece p of tile i."""
-            number = i * pieces + p
-            return (lax.div(number, subs), lax.rem(number, subs) * piece) if subs > 1 else (number, 0)
+    def body(q_g, *refs):
+        arrays, (o_g, lse_g, part_g, part_lse_g, q_s, lse_s, q_full, turn, *moving) = refs[:8], refs[8:]
+        *_, index_g, count_g, whole_g = arrays
+        k_s, v_s, k_full, v_full, k_free, v_free = moving
+        item, wg = walk.item(), lax.axis_index("wg")
 
         @pl.when(wg < 2)
         def consumer():
             plgpu.set_max_registers(232, action="increase")
-            stream = wg if streams == 2 else 0
-            qt, entries, first, n = walk(stream)
-            mine = pl.ds(at * 2 * ROWS + wg * ROWS, ROWS)
+            stream = wg if walk.streams == 2 else 0
+            stretch = walk.stretch(item, stream, count_g)
+            n, slot = stretch.n, functools.partial(walk.slot, stream)
+            mine, my_part = pl.ds(item.at * QUERIES + wg * ROWS, ROWS), pl.ds(wg * ROWS, ROWS)
             qs = q_s.at[wg]
 
-            def slot(i):
-                return stream * S + lax.rem(i, S)
-
             def my_turn():
-                if streams == 1:  # streams differ in length, so their consumers cannot take turns
+                if walk.streams == 1:  # streams differ in length, so their consumers cannot take turns
                     plgpu.barrier_wait(turn.at[wg])
 
             def your_turn():
-                if streams == 1:
+                if walk.streams == 1:
                     plgpu.barrier_arrive(turn.at[1 - wg])
 
             def store(o, lse):
@@ -117,15 +69,15 @@ def forward(
                 lse_s[wg] = lse
                 plgpu.commit_smem()
 
-                @pl.when(jnp.logical_not(cut))
+                @pl.when(jnp.logical_not(item.cut))
                 def _():
-                    plgpu.copy_smem_to_gmem(qs, o_g.at[b, mine, h])
-                    plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_g.at[b, h, mine])
+                    plgpu.copy_smem_to_gmem(qs, o_g.at[item.b, mine, item.h])
+                    plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_g.at[item.b, item.h, mine])
 
-                @pl.when(cut)
+                @pl.when(item.cut)
                 def _():
-                    plgpu.copy_smem_to_gmem(qs, part_g.at[rest, pl.ds(wg * ROWS, ROWS)])
-                    plgpu.copy_smem_to_gmem(lse_s.at[wg], part_lse_g.at[rest, pl.ds(wg * ROWS, ROWS)])
+                    plgpu.copy_smem_to_gmem(qs, part_g.at[item.number, my_part])
+                    plgpu.copy_smem_to_gmem(lse_s.at[wg], part_lse_g.at[item.number, my_part])
 
                 plgpu.wait_smem_to_gmem(0)
 
@@ -134,15 +86,7 @@ def forward(
                 return filled if interpreted else plgpu.layout_cast(filled, ROW)
 
             def masked(s, i):
-                """Scores of tile i, -inf where the list is over and on dead tokens."""
-                column, keep = iota(s.shape, 1, config), None
-                for p in range(pieces):
-                    place, begin = entry(first + i, p)
-                    alive = live(index_g[b, h, qt, lax.min(place, width - 1)], block_k, frame_tokens) - begin
-                    alive = lax.select(place < entries, lax.min(alive, piece), 0)
-                    inside = (column >= p * piece) & (column < p * piece + alive)
-                    keep = inside if keep is None else keep | inside
-                return jnp.where(keep, s, -jnp.inf)
+                return walk.masked(s, i, item, stretch, index_g)
 
             def softmax(s, m, z):
                 """New row maximum (base 2), row sum, factor of what is summed already, and weights."""
@@ -219,9 +163,9 @@ def forward(
 
             @pl.when(n > 0)
             def attend():
-                plgpu.copy_gmem_to_smem(q_g.at[b, mine, h], qs, q_full.at[wg])
+                plgpu.copy_gmem_to_smem(q_g.at[item.b, mine, item.h], qs, q_full.at[wg])
                 plgpu.barrier_wait(q_full.at[wg])
-                if streams == 1:
+                if walk.streams == 1:
                     pl.when(wg == 1)(lambda: plgpu.barrier_wait(turn.at[1]))  # the first warpgroup goes first
                 plgpu.barrier_wait(k_full.at[slot(0)])
                 s = first_scores()
@@ -229,71 +173,42 @@ def forward(
                 your_turn()
                 m, z, _, p = softmax(masked(s, 0), row(-jnp.inf), row(0))
                 carry = (zeros((ROWS, D), config), m, z, p.astype(dtype))
-                clean = lax.max(lax.min(lax.div(whole_g[b, h, qt] * block_k, tile) - first, n), 1)
+                clean = walk.clean(item, stretch, whole_g, least=1)
                 carry = lax.fori_loop(1, clean, lambda i, c: step(i, c, lambda s, _: s), carry)
                 acc, m, z, p16 = lax.fori_loop(clean, n, lambda i, c: step(i, c, masked), carry)
                 acc = last_values(acc, p16, slot(n - 1))
-                if streams == 1:
+                if walk.streams == 1:
                     pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))  # nobody may arrive unseen
                 store(acc * across(1 / z, acc.shape, 0), m * (1 / LOG2E) + jnp.log(z))
 
         @pl.when(wg == 2)
         def producer():
             plgpu.set_max_registers(40, action="decrease")
+            walk.produce(item, arrays, *moving)
 
-            def run(stream):
-                qt, entries, first, n = walk(stream)
-                source = functools.partial(copy_entry, batch=b, head=h, row=rows_g[b], cached=cached, block_k=block_k)
-
-                @pl.loop(0, n)
-                def _(i):
-                    s = stream * S + lax.rem(i, S)
-                    places = [entry(first + i, p) for p in range(pieces)]
-                    places = [(index_g[b, h, qt, lax.min(place, entries - 1)], begin) for place, begin in places]
-                    for old, new, to, full, free in ((pk_g, k_g, k_s, k_full, k_free), (pv_g, v_g, v_s, v_full, v_free)):
-                        pl.when(i >= S)(lambda free=free: plgpu.barrier_wait(free.at[s]))
-                        for p, (j, begin) in enumerate(places):
-                            source(old, new, to.at[s, pl.ds(p * piece, piece)], full.at[s], j, begin, piece)
-
-                @pl.loop(lax.max(n - S, 0), n)  # no barrier may be left with an arrival that nobody saw
-                def _(i):
-                    plgpu.barrier_wait(k_free.at[stream * S + lax.rem(i, S)])
-                    plgpu.barrier_wait(v_free.at[stream * S + lax.rem(i, S)])
-
-            @plgpu.warp_map
-            def per_warp(warp):
-                for stream in range(streams):
-                    pl.when(warp == stream)(lambda stream=stream: run(stream))
-
-    def barrier(arrivals):
-        return plgpu.Barrier(num_barriers=streams * S, num_arrivals=arrivals)
-
-    moving = plgpu.SMEM((streams * S, tile, D), dtype, transforms=SWIZZLED)
-    pairs = plgpu.Barrier(num_barriers=2)
-    cut_items = max(cut_rows * tiles * parts, 1)
+    cut_items, pairs = max(walk.cut_items, 1), plgpu.Barrier(num_barriers=2)
     out, lse, part, part_lse = kernel(
         body,
         config,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, dtype),
-            jax.ShapeDtypeStruct((B, H, tiles * 2 * ROWS), jnp.float32),
-            jax.ShapeDtypeStruct((cut_items, 2 * ROWS, D), dtype),
-            jax.ShapeDtypeStruct((cut_items, 2 * ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((walk.batch, walk.heads, walk.tiles * QUERIES), jnp.float32),
+            jax.ShapeDtypeStruct((cut_items, QUERIES, D), dtype),
+            jax.ShapeDtypeStruct((cut_items, QUERIES), jnp.float32),
         ),
-        grid=(uncut + cut_rows * tiles * parts,),
-        grid_names=("item",),
         scratch_types=[
-            *(plgpu.SMEM((2, ROWS, D), dtype, transforms=SWIZZLED), moving, moving, plgpu.SMEM((2, ROWS), jnp.float32)),
-            *(pairs, barrier(pieces), barrier(pieces), barrier(2 // streams), barrier(2 // streams), pairs),
+            *(plgpu.SMEM((2, ROWS, D), dtype, transforms=SWIZZLED), plgpu.SMEM((2, ROWS), jnp.float32), pairs, pairs),
+            *walk.scratch(),
         ],
-    )(q, k, v, past_k, past_v, rows, index, blocks.count, whole)
-    if cut_rows:
-        shape = (cut_rows, tiles, parts, 2 * ROWS)
+        **walk.grid,
+    )(q, *walk.arrays)
+    lse = lse[:, :, : walk.tq]
+    if walk.cut_heads:
+        shape = (walk.cut_heads, walk.tiles, walk.parts, QUERIES)
         joined, total = join(part.reshape(*shape, D), part_lse.reshape(shape))
-        joined = joined.reshape(cut_rows, -1, D)[:, :tq].swapaxes(0, 1).astype(dtype)
-        out = lax.optimization_barrier(out).at[B - 1, :, H - cut_rows :].set(joined)
-        lse = lax.optimization_barrier(lse).at[B - 1, H - cut_rows :].set(total.reshape(cut_rows, -1))
-    return out, lse[:, :, :tq]
+        out = walk.put_back(out, joined)
+        lse = walk.put_back(lse.swapaxes(1, 2), total).swapaxes(1, 2)
+    return out, lse
 
 
 def join(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
