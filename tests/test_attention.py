@@ -177,5 +177,5 @@ def test_the_kernel_named_in_the_settings_is_the_one_that_runs():
     cache, *_ = history("first chunk", g, True)
     q, k, v = draw(1, 1, g)
     named = dataclasses.replace(settings("topk"), implementation="unheard of")
-    with pytest.raises(ValueError, match="'unheard of' must be one of xla, reference"):
+    with pytest.raises(ValueError, match="'unheard of' must be one of hopper, triton, xla, reference"):
         run(q, k, v, cache, sparsity.Budget(jnp.int32(4), 12), g, named)
