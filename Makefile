@@ -18,6 +18,10 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@
 
+# Made only where it is missing.
+$(CONSTRAINTS):
+	$(error $(PYTHON) is none of the tested Pythons, 3.11 and 3.12: name one, for example PYTHON=python3.12)
+
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
