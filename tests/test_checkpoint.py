@@ -160,6 +160,21 @@ def test_two_writers_do_not_mix(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["dit", "state"]
 
 
+def test_unwritable_places_are_named_as_the_caller_knows_them(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / ".dit.partial").touch()
+    for replaced, place in (
+        (replaced_folder, tmp_path / "file/dit"),
+        (replaced_folder, tmp_path / "dit"),
+        (replaced_file, tmp_path / "file/state"),
+        (replaced_file, tmp_path / "folder"),
+    ):
+        with pytest.raises(ValueError, match=f"{place} cannot be written: "), replaced(place):
+            pass
+    assert sorted(os.listdir(tmp_path)) == [".dit.partial", "file", "folder"]
+
+
 # ---- components ----------------------------------------------------------------------------
 
 
@@ -209,7 +224,7 @@ def test_missing_and_wrong_folders(saved, tmp_path):
         checkpoint.load_component(tmp_path / "absent", "dit")
     with pytest.raises(ValueError, match="is not a converted folder: it has none of dit/config.json, vae/config.json"):
         checkpoint.load_component(tmp_path, "dit")
-    with pytest.raises(ValueError, match="has no vae, only dit: convert a checkpoint that holds it"):
+    with pytest.raises(ValueError, match="has no vae, only dit: `lf-jax convert` adds it from a checkpoint"):
         checkpoint.load_component(saved[0], "vae")
     with pytest.raises(ValueError, match="name='unet' must be one of dit, vae, text"):
         checkpoint.load_component(saved[0], "unet")
@@ -232,6 +247,8 @@ def test_component_of_the_wrong_size(format, saved):
     checkpoint.save_component(folder, "dit", wrong, model, format=format)
     with pytest.raises(ValueError, match=r"does not fit the config beside it:[\s\S]*expected \[2, 32\], received \[3, 32\]"):
         checkpoint.load_component(folder, "dit")
+    with pytest.raises(ValueError, match="does not fit the config beside it"):
+        checkpoint.check_component(folder, "dit")
 
 
 def test_missing_and_unknown_parameters(saved):

@@ -120,32 +120,48 @@ def load_component(
     part = load_part(folder, name)
     part = part if dtype is None else dataclasses.replace(part, dtype=dtype)
     module, place = abstract(part), pathlib.Path(folder) / name
-    wanted = flatten(module)
-    if (place / ORBAX).is_dir():
-        dtypes = {key: leaf.dtype for key, leaf in wanted.items()}
-        return part, build(module, _load_orbax(place / ORBAX, wanted, dtypes, sharding))
-    file = tensorfile.TensorFile(place / TENSORS)
-    _compare(place / TENSORS, {key: entry.shape for key, entry in file.entries.items()}, wanted)
+    wanted, file = flatten(module), _open(place, part)
+    if file is None:
+        return part, build(module, _load_orbax(place / ORBAX, wanted, sharding))
     arrays = {}
     for key, leaf in wanted.items():  # one at a time, so that at most one is on the device in both dtypes
         arrays[key] = jax.device_put(file.view(key), sharding, may_alias=False).astype(leaf.dtype).block_until_ready()
     return part, build(module, arrays)
 
 
-def _load_orbax(
-    place: pathlib.Path, wanted: Mapping[str, Any], dtypes: Mapping[str, np.dtype], sharding: Any
-) -> dict[str, Array]:
-    """`wanted` from an Orbax checkpoint, in `dtypes`; what `dtypes` does not name keeps its own."""
+def check_component(folder: str | os.PathLike, name: str) -> None:
+    """Raises ValueError where `load_component` would, but reads no tensor: cheap, so it can come before long work."""
+    _open(pathlib.Path(folder) / name, load_part(folder, name))
+
+
+def _open(place: pathlib.Path, part: Part) -> tensorfile.TensorFile | None:
+    """The tensors of a component, which fit `part`; None where they are an Orbax checkpoint."""
+    if (place / ORBAX).is_dir():
+        file, path = None, place / ORBAX
+        found = {key: tuple(leaf.shape) for key, leaf in _orbax_metadata(path).items()}
+    else:
+        file, path = tensorfile.TensorFile(place / TENSORS), place / TENSORS
+        found = {key: entry.shape for key, entry in file.entries.items()}
+    _compare(path, found, flatten(abstract(part)))
+    return file
+
+
+def _orbax_metadata(path: pathlib.Path) -> Mapping[str, Any]:
+    """What has the shape and dtype of every stored array, by dotted path."""
+    import orbax.checkpoint
+
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        return checkpointer.metadata(path.absolute()).item_metadata.tree
+
+
+def _load_orbax(path: pathlib.Path, wanted: Mapping[str, Any], sharding: Any) -> dict[str, Array]:
+    """`wanted`, by dotted path what has the shape and dtype to load."""
     import orbax.checkpoint
 
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for key, leaf in wanted.items()}
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        found = checkpointer.metadata(place.absolute()).item_metadata.tree
-        _compare(place, {key: tuple(leaf.shape) for key, leaf in found.items()}, wanted)
-        like = {
-            key: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(key, leaf.dtype), sharding=sharding) for key, leaf in found.items()
-        }
-        return checkpointer.restore(place.absolute(), like)
+        return checkpointer.restore(path.absolute(), like)
 
 
 def stored(folder: str | os.PathLike, name: str) -> dict[str, np.ndarray]:
@@ -154,13 +170,12 @@ def stored(folder: str | os.PathLike, name: str) -> dict[str, np.ndarray]:
     Raises:
         ValueError: as `load_component`.
     """
-    part, place = load_part(folder, name), pathlib.Path(folder) / name
-    wanted = flatten(abstract(part))
-    if (place / ORBAX).is_dir():
-        return {key: np.asarray(array) for key, array in _load_orbax(place / ORBAX, wanted, {}, None).items()}
-    file = tensorfile.TensorFile(place / TENSORS)
-    _compare(place / TENSORS, {key: entry.shape for key, entry in file.entries.items()}, wanted)
-    return {key: file.view(key) for key in wanted}
+    place = pathlib.Path(folder) / name
+    file = _open(place, load_part(folder, name))
+    if file is None:
+        arrays = _load_orbax(place / ORBAX, _orbax_metadata(place / ORBAX), None)
+        return {key: np.asarray(array) for key, array in arrays.items()}
+    return {key: file.view(key) for key in file.entries}
 
 
 def _compare(place: pathlib.Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Any]) -> None:
@@ -198,7 +213,8 @@ def _read(folder: pathlib.Path, name: str) -> dict[str, Any]:
     check(
         bool(present), f"{folder} is not a converted folder: it has none of {', '.join(f'{c}/config.json' for c in COMPONENTS)}"
     )
-    check(name in present, f"{folder} has no {name}, only {', '.join(present)}: convert a checkpoint that holds it")
+    advice = "`lf-jax convert` adds it from a checkpoint that holds it"
+    check(name in present, f"{folder} has no {name}, only {', '.join(present)}: {advice}")
     return _read_json(folder / name / "config.json")
 
 

@@ -21,15 +21,16 @@ def replaced_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    _make(path.parent)
+    _make(path.parent, path)
     with _locked(partial, os.O_RDWR | os.O_CREAT, path):
         os.truncate(partial, 0)
         try:
             yield partial
+            with _named(path):
+                partial.replace(path)
         except BaseException:
-            partial.unlink()
+            partial.unlink(missing_ok=True)
             raise
-        partial.replace(path)
 
 
 @contextlib.contextmanager
@@ -44,7 +45,7 @@ def replaced_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     folder = pathlib.Path(folder)
     partial, aside = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.replaced")
-    _make(partial)
+    _make(partial, folder)
     with _locked(partial, os.O_RDONLY, folder):
         if aside.exists():
             shutil.rmtree(aside) if folder.exists() else aside.rename(folder)
@@ -64,7 +65,8 @@ def replaced_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 @contextlib.contextmanager
 def _locked(partial: pathlib.Path, flags: int, place: pathlib.Path) -> Iterator[None]:
     """Holds `partial` against other processes; the kernel lets go of it when this one ends, however it ends."""
-    lock = os.open(partial, flags, 0o666)
+    with _named(place):
+        lock = os.open(partial, flags, 0o666)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,9 +79,16 @@ def _locked(partial: pathlib.Path, flags: int, place: pathlib.Path) -> Iterator[
         os.close(lock)
 
 
-def _make(folder: pathlib.Path) -> None:
-    try:
+def _make(folder: pathlib.Path, place: pathlib.Path) -> None:
+    with _named(place):
         folder.mkdir(parents=True, exist_ok=True)
+    check(os.access(folder, os.W_OK), f"{place} cannot be written: permission denied")
+
+
+@contextlib.contextmanager
+def _named(place: pathlib.Path) -> Iterator[None]:
+    """Failures are those of `place`: the temporary name beside it means nothing to the reader."""
+    try:
+        yield
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
-    check(os.access(folder, os.W_OK), f"{folder} cannot be written: permission denied")
+        raise ValueError(f"{place} cannot be written: {error.strerror}") from error
