@@ -94,7 +94,7 @@ def convert(
         else:
             planned.append(_plan(opened, part, dtype, settings, lora, lora_scale))
             old = target / planned[-1].name
-            check(overwrite or not old.exists(), f"{old} is there already; say so to replace it (overwrite)")
+            check(overwrite or not old.exists(), f"{old} is there already; overwrite=True (--overwrite) replaces it")
     check(
         lora is None or any("lora" in one.notes for one in planned), f"{source} holds no transformer that {lora=} could go into"
     )

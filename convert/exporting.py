@@ -48,7 +48,7 @@ def export(
     check(family in FAMILIES, f"{family=} is none of {', '.join(FAMILIES)}")
     check(dtype in (None, "keep", "bfloat16", "float32", "float16"), f"{dtype=} must be keep, bfloat16, float32 or float16")
     check(target.suffix in (".safetensors", ".pt", ".pth"), f"{target} must end in .safetensors, .pt or .pth")
-    check(overwrite or not target.exists(), f"{target} is there already; say so to replace it (overwrite)")
+    check(overwrite or not target.exists(), f"{target} is there already; overwrite=True (--overwrite) replaces it")
     tables = [part.module for part in FAMILIES[family].parts]
     table = next((table for table in tables if table.COMPONENT == component), None)
     check(table is not None, f"{family} has no {component}, only {', '.join(table.COMPONENT for table in tables)}")

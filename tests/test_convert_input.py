@@ -236,18 +236,18 @@ def test_files_of_torch_need_torch(tmp_path, monkeypatch):
 def test_nothing_is_replaced_unasked(tmp_path):
     source = base(tmp_path / "s")
     convert.convert("self_forcing", source, tmp_path / "dir")
-    with pytest.raises(ValueError, match="dit is there already"):
+    with pytest.raises(ValueError, match=r"dit is there already; overwrite=True \(--overwrite\) replaces it"):
         convert.convert("self_forcing", source, tmp_path / "dir")
     convert.convert("self_forcing", source, tmp_path / "dir", overwrite=True)
     convert.export(tmp_path / "dir", "dit", "wan", tmp_path / "out.safetensors")
-    with pytest.raises(ValueError, match="out.safetensors is there already"):
+    with pytest.raises(ValueError, match=r"out.safetensors is there already; overwrite=True \(--overwrite\)"):
         convert.export(tmp_path / "dir", "dit", "wan", tmp_path / "out.safetensors")
 
 
 def test_unwritable_target(tmp_path, monkeypatch):
     source = base(tmp_path / "s")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(ValueError, match="file/dir/dit cannot be written"):
         convert.convert("self_forcing", source, tmp_path / "file" / "dir")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(ValueError, match="0.0 GB left, the result needs"):

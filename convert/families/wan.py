@@ -49,7 +49,8 @@ def dimensions(shapes: Mapping[str, Shape], names: tuple[str, str, str, str], **
     )
     check(
         "heads" in given or dim % HEAD_DIM == 0,
-        f"a width of {dim} is no multiple of {HEAD_DIM}, the released models' head width: a config.json must name the heads",
+        f"a width of {dim} is no multiple of {HEAD_DIM}, the released models' head width: a config.json beside the weights, "
+        "or a preset (--preset), must name the heads",
     )
     found = [re.match(r"blocks\.(\d+)\.", name) for name in shapes]
     return Model(
