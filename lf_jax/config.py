@@ -5,6 +5,7 @@ hashable, so a config can be a static argument of `jax.jit`.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Literal
 
@@ -189,7 +190,9 @@ class Video:
 
     def __post_init__(self):
         for name in ("height", "width", "num_frames", "fps"):
-            check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+            value = getattr(self, name)
+            check(isinstance(value, numbers.Integral), f"{name}={value!r} must be an integer")
+            check(value > 0, f"{name}={value} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)

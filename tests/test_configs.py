@@ -1,10 +1,12 @@
 """Every preset loads, fits its own frame count, and has the numbers that its source publishes."""
 
+import jaxtyping
+import numpy as np
 import pytest
 
 from lf_jax import plan, presets, tokens
 from lf_jax.checkpoint import component
-from lf_jax.config import Config
+from lf_jax.config import Config, Video
 
 NUMBERS = {  # preset: tokens a frame, chunks, latent frames
     "tiny": (24, 7, 21),
@@ -45,6 +47,16 @@ def test_a_users_own_file_loads_from_any_folder(tmp_path, monkeypatch):
     )
     config = presets.load("mine.py")
     assert isinstance(config, Config) and config.rollout.shift == 8.0 and config.model == presets.load("tiny").model
+
+
+@pytest.mark.parametrize("field", ["height", "width", "num_frames", "fps"])
+def test_sizes_are_whole_numbers(field, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it: the tests' own hook would be first
+    with pytest.raises(ValueError, match=f"{field}=33.0 must be an integer"):
+        Video(**{field: 33.0})
+    with pytest.raises(ValueError, match=f"{field}=0 must be positive"):
+        Video(**{field: 0})
+    assert getattr(Video(**{field: np.int64(32)}), field) == 32
 
 
 def test_wrong_sources_are_named(tmp_path):
