@@ -373,11 +373,14 @@ def _check_inputs(text: TextCache, batch: int, state: RolloutState, config: Conf
         fits = given is None or (given.ndim == 5 and given.shape[2:] == frame)
         check(fits, f"{name} has shape {given is not None and given.shape}, expected (b, f, {', '.join(map(str, frame))})")
     wanted = batch * branches(config)
-    for name, size in (("text", text.k.shape[1]), ("state.cache", cache.k.shape[1])):
+    model = (config.model.layers, config.model.heads, config.model.head_dim)
+    for name, (layers, size, _, *heads) in (("text", text.k.shape), ("state.cache", cache.k.shape)):
         check(
             size == wanted,
             f"{name} has batch {size}, expected {wanted}: {batch} videos, {branches(config)} network passes each",
         )
+        made = (layers, *heads)
+        check(made == model, f"{name} is of another model: its layers, heads and head width are {made}, expected {model}")
     check(state.keys.shape == (batch,), f"state.keys has shape {state.keys.shape}, expected {(batch,)}")
     planned = state.budgets is not None
     check(

@@ -160,7 +160,7 @@ def test_a_window_without_budgets_has_no_end():
 
 def test_wrong_sizes_are_refused():
     state, noise = initial_state(CONFIG, 2, 9, KEYS), draw(2, 9, *FRAME)
-    one = jax.tree.map(lambda a: a[:, :1], TEXT)
+    one, shallow = jax.tree.map(lambda a: a[:, :1], TEXT), jax.tree.map(lambda a: a[:1], TEXT)
     guided = change(rollout=dict(sampler="euler", guidance_scale=2.0))
     image = change(rollout=dict(independent_first_frame=True))
     sparse, window = change(sparsity=SPARSE), change(cache=dict(window=6))
@@ -169,6 +169,10 @@ def test_wrong_sizes_are_refused():
         ("frames=8 latent frames do not split", lambda: initial_state(CONFIG, 2, 8, KEYS)),
         ("frames=9 latent frames do not split", lambda: stream(MODEL, TEXT, None, initial_state(image, 2, 10, KEYS), image, 9)),
         ("text has batch 1, expected 2", lambda: rollout(MODEL, one, noise, state, CONFIG)),
+        (
+            r"text is of another model: .* \(1, 2, 12\), expected \(2, 2, 12\)",
+            lambda: rollout(MODEL, shallow, noise, state, CONFIG),
+        ),
         ("text has batch 2, expected 4", lambda: rollout(MODEL, TEXT, noise, initial_state(guided, 2, 9, KEYS), guided)),
         ("state.cache has batch 2, expected 1", lambda: rollout(MODEL, one, noise[:1], state, CONFIG)),
         ("keys has shape", lambda: initial_state(CONFIG, 3, 9, KEYS)),
