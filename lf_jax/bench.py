@@ -6,6 +6,7 @@ memory and, but for the column `first`, of compiled programs.
 """
 
 import dataclasses
+import pathlib
 import statistics
 import subprocess
 import time
@@ -17,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lf_jax import presets
 from lf_jax.config import Config
 from lf_jax.dit import text_cache
 from lf_jax.generate import begin, decode
@@ -128,9 +128,14 @@ def facts(config: Config) -> dict[str, str | int | float]:
 
 
 def commit() -> str:
-    """The commit of a checkout, marked where files differ from it; "installed" elsewhere."""
-    folder = presets.FOLDER.parent
-    done = subprocess.run(
-        ["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() if done.returncode == 0 else "installed"
+    """The commit of a checkout, marked where files differ from it; "installed" elsewhere.
+
+    An installed package may lie inside a checkout of something else, which does not track this file.
+    """
+    file = pathlib.Path(__file__).resolve()
+    git = partial(subprocess.run, cwd=file.parent, capture_output=True, text=True, check=True)
+    try:
+        git(["git", "ls-files", "--error-unmatch", file.name])
+        return git(["git", "describe", "--always", "--dirty"]).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # also where there is no git
+        return "installed"
