@@ -12,7 +12,8 @@ from lf_jax import config, sparsity
 from lf_jax.arrays import Array, Float, Int, Leaf
 from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.tokens import Grid
-from pallas_kernels import Past, block_sparse_attention, platform
+from pallas_kernels import BlockMap, Past, block_sparse_attention, platform
+from pallas_kernels.block_sparse.api import IMPLEMENTATIONS, explain
 
 ROWS = 512  # query tokens whose logits XLA holds at a time: 0.8 GB at 12 heads and 32k keys, where all of 4608 take 7 GB
 
@@ -61,6 +62,40 @@ def self_attention(
         implementation=settings.implementation,
     )
     return out, new
+
+
+def implementations(settings: config.Config) -> dict[str, str | None]:
+    """The implementations that self-attention may use, the first choice first: why one cannot run here, or None if it can.
+
+    Raises:
+        ValueError: if the selector or the implementation that `settings` name is unknown.
+        NotImplementedError: if the named implementation cannot run here.
+    """
+    q, named = queries(settings), settings.sparsity.implementation
+    if settings.sparsity.dense:
+        return dense_implementations(q)
+    sparsity.selector(settings.sparsity.policy)
+    grid = Grid.of(settings)
+    rows = (1, settings.model.heads, grid.query_blocks(settings.rollout.chunk_frames))
+    index, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((*rows, grid.frame_blocks), rows))
+    can = explain(q, BlockMap(index, count, grid.block_q, grid.block_k))
+    if named is None:
+        return {name: reason for name, reason in can.items() if IMPLEMENTATIONS[name].automatic}
+    config.check(named in can, f"sparsity.implementation={named!r} must be one of {', '.join(can)}, or None")
+    if can[named] is not None:
+        raise NotImplementedError(f"sparsity.implementation={named!r}: {can[named]}")
+    return {named: None}
+
+
+def dense_implementations(q: Leaf) -> dict[str, str | None]:
+    """The same for dense attention of such queries."""
+    return {name: choice.reason(q) for name, choice in DENSE.items()}
+
+
+def queries(settings: config.Config) -> jax.ShapeDtypeStruct:
+    """The queries of one chunk of one video."""
+    model, tokens = settings.model, settings.rollout.chunk_frames * Grid.of(settings).frame_tokens
+    return jax.ShapeDtypeStruct((1, tokens, model.heads, model.head_dim), config.dtype_of(model))
 
 
 def cross_attention(

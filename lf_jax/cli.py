@@ -17,7 +17,7 @@ import jax
 import tyro
 
 from lf_jax.commands.console import note
-from lf_jax.config import Config
+from lf_jax.config import Config, check
 
 COMMANDS = {  # imported when called for: each brings its own part of the library
     "sample": ("lf_jax.commands.sample", "Sample"),
@@ -90,14 +90,21 @@ def parse(name: str, words: Sequence[str]):
     """The command `name` with its options from `words`; the config they start from is read first.
 
     Raises:
-        ValueError: if `--config` or `--model` names nothing that can be read.
+        ValueError: if `--config` or `--model` names nothing that can be read, or there is a negative prompt without use.
         SystemExit: after `--help`, and after options that do not parse.
     """
     command = load_command(name)
-    if "settings" in {field.name for field in dataclasses.fields(command)}:
-        base = _base_config(_option(words, "--config"), _option(words, "--model"))
-        command = command if base is None else functools.partial(command, settings=base)
-    return tyro.cli(command, args=list(words), prog=f"lf-jax {name}", registry=_rules)
+    cli = functools.partial(tyro.cli, args=list(words), prog=f"lf-jax {name}", registry=_rules)
+    if "settings" not in {field.name for field in dataclasses.fields(command)}:
+        return cli(command)
+    base = _base_config(_option(words, "--config"), _option(words, "--model")) or Config()
+    parsed = cli(functools.partial(command, settings=base))
+    video, scale = parsed.settings.video, parsed.settings.rollout.guidance_scale
+    check(
+        video.negative_prompt == base.video.negative_prompt or scale != 1,
+        f"--video.negative-prompt {video.negative_prompt!r} has no use at --rollout.guidance-scale {scale:g}",
+    )
+    return parsed
 
 
 def overview() -> str:

@@ -5,15 +5,14 @@ import importlib.metadata
 import os
 import platform as host
 
-import jax
-import jax.numpy as jnp
-
-from lf_jax import attention, config, tokens
+from lf_jax import attention, tokens
 from lf_jax.config import Config
-from pallas_kernels import BlockMap, platform
-from pallas_kernels.block_sparse import api
+from pallas_kernels import platform
 
-REQUIRED = ("jax", "jaxlib", "flax", "numpy", "safetensors", "orbax-checkpoint", "sentencepiece", "ftfy", "av", "tyro")
+REQUIRED = (
+    "jax", "jaxlib", "flax", "einops", "jaxtyping", "numpy", "ml_dtypes", "safetensors", "orbax-checkpoint", "sentencepiece",
+    "ftfy", "av", "tyro", "rich",
+)  # fmt: skip
 OPTIONAL = {
     "torch": "lf-jax convert reads .pt and .pth files with it",
     "huggingface-hub": "its command hf fetches checkpoints",
@@ -43,7 +42,7 @@ def examine(settings: Config) -> Report:
     """What would run for `settings` in this process.
 
     Raises:
-        ValueError, NotImplementedError: if `settings.sparsity.implementation` names what cannot run here.
+        ValueError, NotImplementedError: if `settings.sparsity` names what is unknown or cannot run here.
     """
     return Report(
         device=f"{platform.describe()}, Python {host.python_version()}",
@@ -63,48 +62,23 @@ def version(name: str) -> str | None:
 
 def operations(settings: Config) -> tuple[Operation, ...]:
     """The operations that have more than one implementation, and the convolutions, which have one."""
-    q = queries(settings)
-    dense = {name: choice.reason(q) for name, choice in attention.DENSE.items()}
+    policy, grid = settings.sparsity.policy, tokens.Grid.of(settings)
+    kind = "dense" if settings.sparsity.dense else f"{policy}, blocks {grid.block_q}x{grid.block_k}"
+    named = None if settings.sparsity.dense else settings.sparsity.implementation
     return (
-        self_attention(settings, dense),
-        chosen("cross-attention", dense),
+        chosen(f"self-attention ({kind})", attention.implementations(settings), named),
+        chosen("cross-attention", attention.dense_implementations(attention.queries(settings))),
         Operation("convolutions of the autoencoder", "xla", (f"the only one; {convolutions()}",)),
     )
 
 
-def self_attention(settings: Config, dense: dict[str, str | None]) -> Operation:
-    if settings.sparsity.dense:
-        return chosen("self-attention (dense)", dense)
-    grid, model, named = tokens.Grid.of(settings), settings.model, settings.sparsity.implementation
-    rows = (1, model.heads, grid.query_blocks(settings.rollout.chunk_frames))
-    blocks = BlockMap(
-        jax.ShapeDtypeStruct((*rows, grid.frame_blocks), jnp.int32),
-        jax.ShapeDtypeStruct(rows, jnp.int32),
-        grid.block_q,
-        grid.block_k,
-    )
-    can = api.explain(queries(settings), blocks)
-    title = f"self-attention ({settings.sparsity.policy}, blocks {grid.block_q}x{grid.block_k})"
+def chosen(name: str, reasons: dict[str, str | None], named: str | None = None) -> Operation:
+    """The first that can run, and why those before it cannot; or the one that the config names."""
     if named is not None:
-        config.check(named in can, f"sparsity.implementation={named!r} must be one of {', '.join(can)}, or None")
-        if can[named] is not None:
-            raise NotImplementedError(f"sparsity.implementation={named!r}: {can[named]}")
-        return Operation(title, named, ("named in the config",))
-    return chosen(title, {name: reason for name, reason in can.items() if api.IMPLEMENTATIONS[name].automatic})
-
-
-def chosen(name: str, reasons: dict[str, str | None]) -> Operation:
-    """The first that can run, and why those before it cannot."""
+        return Operation(name, named, ("named in the config",))
     pick = next(key for key, reason in reasons.items() if reason is None)
     before = list(reasons)[: list(reasons).index(pick)]
     return Operation(name, pick, tuple(f"{key}: {reasons[key]}" for key in before) or ("the first choice",))
-
-
-def queries(settings: Config) -> jax.ShapeDtypeStruct:
-    """The queries of one chunk of one video."""
-    grid, model = tokens.Grid.of(settings), settings.model
-    live = settings.rollout.chunk_frames * grid.frame_tokens
-    return jax.ShapeDtypeStruct((1, live, model.heads, model.head_dim), config.dtype_of(model))
 
 
 def convolutions() -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lf_jax import tokens, vae
+from lf_jax import attention, tokens, vae
 from lf_jax.arrays import Array, Float
 from lf_jax.config import Config, check
 from lf_jax.video import from_uint8, read_video
@@ -33,6 +33,17 @@ def video_chunks(config: Config) -> tuple[int, ...]:
         f"the nearest that do are {near}",
     )
     return tokens.chunk_lengths(tokens.latent_frames(wanted, stride), settings.chunk_frames, settings.independent_first_frame)
+
+
+def check_runs(config: Config) -> None:
+    """What can be known before anything is loaded: whether videos of `config` can be made on this machine.
+
+    Raises:
+        ValueError: if the frames do not fit, or the selector or the attention's implementation is unknown.
+        NotImplementedError: if the implementation that `config` names cannot run here.
+    """
+    video_chunks(config)
+    attention.implementations(config)
 
 
 def first_frames(

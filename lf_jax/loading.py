@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from lf_jax import checkpoint, presets, vae
-from lf_jax.checkpoint import component, tensorfile
+from lf_jax.checkpoint import component
 from lf_jax.config import Config, Model, Text, Vae, check
 from lf_jax.dit import WanDiT
 from lf_jax.text import UMT5, Tokenizer, fingerprint, tiny_model
@@ -31,11 +31,9 @@ class Source:
     seed: int = 0
 
     def check(self, *names: str) -> None:
-        """Raises ValueError if a component is missing or its file is truncated: cheap, so it can come before long work."""
+        """Raises ValueError if a component is missing, truncated or of another size: cheap, so it comes before long work."""
         for name in names if self.folder is not None else ():
-            checkpoint.load_part(self.folder, name)
-            if not (self.folder / name / component.ORBAX).is_dir():
-                tensorfile.TensorFile(self.folder / name / component.TENSORS)
+            checkpoint.check_component(self.folder, name)
 
     def dit(self) -> WanDiT:
         return self._load("dit")
@@ -64,18 +62,21 @@ class Source:
         return checkpoint.load_component(self.folder, name, dtype=part.dtype)[1]
 
 
-def find(source: str | os.PathLike, settings: Config | None = None, seed: int = 0) -> Source:
+def find(source: str | os.PathLike, settings: Config | None = None, seed: int | None = None) -> Source:
     """The source of a converted folder or a preset; a preset's name means the preset, `./name` a folder of that name.
 
     Args:
         settings: in place of the source's own config. Of the models themselves only the dtype may differ.
+        seed: of a preset's random weights; None means 0.
 
     Raises:
-        ValueError: if there is no such folder or preset, or `settings` describe other models than the folder holds.
+        ValueError: if there is no such folder or preset, `settings` describe other models than the folder holds, or a
+            folder comes with a seed.
     """
     own = config_of(source)
     if presets.is_name(source):
-        return Source(own if settings is None else settings, None, seed)
+        return Source(own if settings is None else settings, None, seed or 0)
+    check(seed is None, f"a seed of random weights ({seed}) has no use: {source} is a converted folder")
     for part in COMPONENT_PARTS.values():
         ours, theirs = (getattr(c, part) for c in (settings or own, own))
         differing = [

@@ -13,7 +13,7 @@ from lf_jax import loading, presets
 from lf_jax.arrays import Array, Float, Key, UInt8
 from lf_jax.config import Config, check
 from lf_jax.generate import Chunk, StreamState, begin, generate
-from lf_jax.inputs import Pixels, first_frames, video_chunks
+from lf_jax.inputs import Pixels, check_runs, first_frames
 from lf_jax.noise import sample_key
 from lf_jax.rollout import branches
 from lf_jax.text import Embeddings, clean, encode
@@ -45,7 +45,7 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        seed: Seeds = 0,
+        seed: Seeds | None = None,
         num_frames: int | None = None,
         negative_prompt: str | None = None,
         embeddings: Embeddings | None = None,
@@ -59,14 +59,15 @@ class Pipeline:
 
         Args:
             prompt: one, or one a video.
-            seed: one for all, or one a video. A video depends on its own prompt and seed, not on what is beside it.
+            seed: one for all (default 0), or one a video. A video depends on its own prompt and seed, not on what is beside it.
             num_frames: pixel frames of the whole video, given and resumed ones included; default `config.video`'s.
             negative_prompt: of models with guidance; default `config.video`'s.
             embeddings: of the prompts (and of the negative prompt under guidance), in place of the text encoder.
             initial_image: the first frame: uint8 [*b, h, w, 3] or a file. Needs `rollout.independent_first_frame`.
             initial_video: the first frames, to be continued: uint8 [*b, f, h, w, 3] or a file. They come out again.
             initial_latents: the same as normalised latents.
-            state: of an earlier chunk, to go on from; consumed. The prompt may be another one, the seed is the state's.
+            state: of an earlier chunk, to go on from; consumed. The prompt may be another one; the seed is its own, so none
+                is given.
             parts: of the config, in place of its own, e.g. `cache=Cache(window=12, sink=3)`.
 
         Raises:
@@ -76,11 +77,12 @@ class Pipeline:
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         words = bool(prompts) and all(isinstance(one, str) for one in prompts)
         check(words, f"{prompt=} must be a string, or one or more of them")
-        video_chunks(config)
+        check_runs(config)
+        check(state is None or seed is None, f"{seed=} has no use with a state, which goes on with its own")
         given = first_frames(self.vae, config, len(prompts), initial_image, initial_video, initial_latents)
         text = self.text(prompts, config, embeddings)  # the encoder is gone before the cache is allocated
         if state is None:
-            state = begin(config, self.keys(prompts, seed))
+            state = begin(config, self.keys(prompts, 0 if seed is None else seed))
         else:
             check(given is None, "state holds the beginning of its video: expected no initial image, video or latents")
             videos = state.rollout.keys.shape[0]
@@ -128,14 +130,14 @@ class Pipeline:
         return dataclasses.replace(config, video=dataclasses.replace(config.video, negative_prompt=negative_prompt))
 
 
-def load(source: str | os.PathLike, config: Config | str | os.PathLike | None = None, *, seed: int = 0) -> Pipeline:
+def load(source: str | os.PathLike, config: Config | str | os.PathLike | None = None, *, seed: int | None = None) -> Pipeline:
     """Loads a converted folder, or random weights of a preset, which it says.
 
     Args:
         source: a folder written by `lf-jax convert`, or a preset's name.
         config: in place of the source's own settings: a config, a preset's name, or the path of a Python file. Taken
             by name or path, its `model`, `vae` and `text` give way to those of the source.
-        seed: of random weights.
+        seed: of random weights; None means 0. A folder takes none.
 
     Raises:
         ValueError: no such folder, preset or file; files that are damaged or do not fit.
@@ -144,7 +146,7 @@ def load(source: str | os.PathLike, config: Config | str | os.PathLike | None = 
         config = loading.config_of(source, presets.load(config))
     found = loading.find(source, config, seed)
     if found.folder is None:
-        print(f"lf_jax: {source} has random weights, seed {seed}: its videos are noise", file=sys.stderr)
+        print(f"lf_jax: {source} has random weights, seed {found.seed}: its videos are noise", file=sys.stderr)
     return Pipeline(found)
 
 

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 import signal
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -108,6 +111,9 @@ def test_encoded_prompts_are_sampled_without_the_encoder(model, tmp_path, capsys
         run("sample", "--model", model, "--output", tmp_path / folder, "--num-frames", 9, *words)
     for name in ("one-0000-seed0.mp4", "two-0001-seed0.mp4"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert "taken as they are" not in capsys.readouterr().err
+    run("sample", "--model", "tiny", "--output", tmp_path / "c", "--num-frames", 9, "--embeddings", file)
+    assert "taken as they are: there is no text/model.safetensors" in capsys.readouterr().err
     assert cli.main(["encode", "--model", model, "--prompt", "one", "--output", str(file)]) == cli.BAD_INPUT
     assert "--overwrite replaces it" in capsys.readouterr().err
 
@@ -221,7 +227,10 @@ def test_doctor_says_what_runs_and_why(capsys):
     sparse, cross, _ = report["operations"]
     assert (sparse["name"], sparse["choice"]) == ("self-attention (light_forcing, blocks 64x64)", "xla")
     assert cross["choice"] == "xla" and cross["reasons"][0].startswith("cudnn: needs an NVIDIA GPU")
-    assert report["versions"]["jax"] and "torch" in report["optional"]
+    assert "torch" in report["optional"]
+    project = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert set(report["versions"]) == {"jaxlib", *(re.match(r"[\w-]+", need)[0] for need in project["dependencies"])}
+    assert all(report["versions"].values())
     run("doctor")
     assert "self-attention (dense)" in capsys.readouterr().out
 

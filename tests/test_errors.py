@@ -25,6 +25,12 @@ def model(good, tmp_path):
     return shutil.copytree(good, tmp_path / "model")
 
 
+@pytest.fixture
+def not_encoded(monkeypatch):
+    """What is wrong must be found before the text encoder, the largest part, has been loaded and has run."""
+    monkeypatch.setattr("lf_jax.pipeline.encode_prompts", lambda *_: pytest.fail("prompts were encoded before"))
+
+
 def fails(capsys, *words) -> str:
     """The one line that the command ends in; what was printed before it (the config) is not looked at."""
     assert cli.main([str(word) for word in words]) == cli.BAD_INPUT
@@ -84,7 +90,7 @@ def test_wrong_folder(capsys, tmp_path):
 def test_missing_component(capsys, tmp_path, model):
     shutil.rmtree(model / "vae")
     message = fails(capsys, *sample(model, tmp_path))
-    assert "model has no vae, only dit, text" in message
+    assert "model has no vae, only dit, text: `lf-jax convert` adds it" in message
     shutil.rmtree(model / "text")
     assert "model has no vae, only dit" in fails(capsys, "stream", *sample(model, tmp_path, "--overwrite")[1:])
     assert untouched(tmp_path)
@@ -96,8 +102,7 @@ def test_missing_tokenizer(capsys, tmp_path, model):
 
 
 @pytest.mark.parametrize("component", ["dit", "vae", "text"])
-def test_truncated_weights(capsys, tmp_path, model, component, monkeypatch):
-    monkeypatch.setattr("lf_jax.pipeline.encode_prompts", lambda *_: pytest.fail("prompts were encoded before"))
+def test_truncated_weights(capsys, tmp_path, model, component, not_encoded):
     file = model / component / "model.safetensors"
     os.truncate(file, file.stat().st_size - 100)
     message = fails(capsys, *sample(model, tmp_path))
@@ -105,7 +110,7 @@ def test_truncated_weights(capsys, tmp_path, model, component, monkeypatch):
     assert untouched(tmp_path)
 
 
-def test_weights_of_another_size(capsys, tmp_path, model):
+def test_weights_of_another_size(capsys, tmp_path, model, not_encoded):
     path = model / "dit" / "config.json"
     text = json.loads(path.read_text())
     text["config"]["ffn_dim"] = 96
@@ -185,6 +190,8 @@ def test_states(capsys, tmp_path, good):
     assert "a.mp4 exists; --overwrite replaces it" in fails(capsys, *words)
     resumed = (*words[:-1], tmp_path / "b.mp4", "--state-in", tmp_path / "a.state")
     assert "state was made with other settings" in fails(capsys, *resumed, "--cache.window", 6)
+    assert "--seed 3 has no use with --state-in" in fails(capsys, *resumed, "--seed", 3)
+    assert "--stop-at 9 must lie within the 33 frames of the video, after the 9" in fails(capsys, *resumed, "--stop-at", 9)
     longer = fails(capsys, *resumed, "--num-frames", 45)
     assert "num_frames=45 but state was planned for 33 frames" in longer
     os.truncate(tmp_path / "a.state", 5000)
@@ -198,15 +205,39 @@ def test_damaged_manifest(capsys, tmp_path, good):
     assert "manifest.json is not a manifest of this program" in fails(capsys, *sample(good, tmp_path))
 
 
-def test_named_implementation_that_cannot_run(capsys, good, tmp_path):
+def test_named_implementation_that_cannot_run(capsys, good, tmp_path, not_encoded):
     message = fails(capsys, "doctor", "--config", "light_forcing_1_3b", "--sparsity.implementation", "quantum")
     assert "sparsity.implementation='quantum' must be one of" in message
+    message = fails(capsys, *sample(good, tmp_path, "--sparsity.implementation", "triton"))
+    assert "sparsity.implementation='triton': " in message
+    assert untouched(tmp_path)
 
 
-def test_unknown_policy(capsys, good, tmp_path):
+def test_unknown_policy(capsys, good, tmp_path, not_encoded):
     message = fails(capsys, *sample(good, tmp_path, "--sparsity.policy", "best"))
     assert "policy='best' must be 'dense', a function, or one of light_forcing" in message
+    assert "policy='best' must be" in fails(capsys, "doctor", "--config", "tiny", "--sparsity.policy", "best")
+    assert "policy='best' must be" in fails(capsys, "bench", "--model", "tiny", "--sparsity.policy", "best")
     assert untouched(tmp_path)
+
+
+def test_options_without_use(capsys, good, tmp_path):
+    assert "(7) has no use" in fails(capsys, *sample(good, tmp_path, "--weights-seed", 7))
+    negative = ("--video.negative-prompt", "blurry")
+    message = fails(capsys, *sample(good, tmp_path, *negative))
+    assert "--video.negative-prompt 'blurry' has no use at --rollout.guidance-scale 1" in message
+    stream = ("stream", "--model", good, "--prompt", "one", "--output", tmp_path / "a.mp4")
+    assert "--stop-at 0 must lie within the 33 frames" in fails(capsys, *stream, "--stop-at", 0)
+    assert "--stop-at 45 must lie within the 33 frames" in fails(capsys, *stream, "--stop-at", 45)
+    assert untouched(tmp_path)
+    guided = cli.parse("plan", ["--config", "tiny", *negative, "--rollout.sampler", "euler", "--rollout.guidance-scale", "3"])
+    assert guided.settings.video.negative_prompt == "blurry"
+
+
+def test_a_preset_may_have_a_negative_prompt_without_guidance(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from lf_jax.config import *\nCONFIG = Config(video=Video(negative_prompt='blurry'))\n")
+    assert cli.parse("plan", ["--config", str(file)]).settings.video.negative_prompt == "blurry"
 
 
 def test_conversion_of_what_is_not_a_checkpoint(capsys, tmp_path):

@@ -100,6 +100,8 @@ def test_a_converted_folder_makes_the_same_video(pipe, video, tmp_path):
     assert loaded.config == CONFIG
     np.testing.assert_array_equal(loaded(PROMPT, seed=3), video)
     assert loaded.source.fingerprint() == pipe.encode(PROMPT).encoder
+    with pytest.raises(ValueError, match=r"a seed of random weights \(0\) has no use"):
+        lf_jax.load(tmp_path, seed=0)
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, layers=3))
     with pytest.raises(ValueError, match="model.layers=3 but .* was converted with 2"):
         lf_jax.load(tmp_path, other)
@@ -163,6 +165,8 @@ def test_a_window_goes_on_past_the_plan(pipe):
         ({"negative_prompt": "grey"}, "negative_prompt='grey' has no use at .*guidance_scale=1.0"),
         ({"guidance_scale": 3.0}, "unknown argument 'guidance_scale'.*rollout"),
         ({"cache": {"window": 6}}, r"cache={'window': 6} must be an lf_jax.config.Cache"),
+        ({"sparsity": Sparsity(policy="best")}, "policy='best' must be 'dense', a function, or one of"),
+        ({"sparsity": Sparsity(policy="topk", implementation="quantum")}, "implementation='quantum' must be one of"),
         ({"model": CONFIG.model}, "model cannot change after loading"),
         ({"initial_video": np.zeros((9, 32, 40, 3), np.uint8)}, r"shape \(1, 9, 32, 40, 3\), expected .*32, 48, 3"),
         ({"initial_video": np.zeros((9, 32, 48, 3), np.float32)}, "dtype float32, expected uint8"),
@@ -184,6 +188,8 @@ def test_a_state_of_other_settings_is_refused(pipe):
         pipe.stream(PROMPT, state=last.state)
     with pytest.raises(ValueError, match="state was made with other settings.*expected float32"):
         pipe.stream(PROMPT, state=last.state, cache=Cache(window=6, sink=1))
+    with pytest.raises(ValueError, match="seed=0 has no use with a state"):
+        pipe.stream(PROMPT, state=last.state, seed=0)
     with pytest.raises(ValueError, match="state holds 1 videos, expected 2"):
         pipe.stream([PROMPT, "two"], state=last.state)
 

@@ -13,6 +13,7 @@ from lf_jax import bench, pipeline
 from lf_jax.checkpoint.replace import replaced_file
 from lf_jax.commands.console import show_config
 from lf_jax.config import Config, check
+from lf_jax.inputs import check_runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Bench:
         config = pipeline.with_frames(self.settings, self.num_frames)
         check(self.repeats > 0, f"--repeats {self.repeats} must be positive")
         show_config(config, model=self.model)
+        check_runs(config)
         report = bench.measure(pipeline.load(self.model, config), config, self.repeats, self.text)
         if self.json is not None:
             with replaced_file(self.json) as partial:

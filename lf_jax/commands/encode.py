@@ -28,7 +28,7 @@ class Encode:
     config: str | None = None  # preset or Python file with the settings, in place of those of the model
     prompt: tuple[str, ...] = ()  # one or more prompts
     prompts: pathlib.Path | None = None  # file with one prompt a line
-    weights_seed: int = 0  # of random weights
+    weights_seed: int | None = None  # of a preset's random weights, 0 if not given
     overwrite: bool = False  # replace the file if it exists
     settings: Annotated[Config, tyro.conf.arg(name="")] = Config()
 

@@ -13,9 +13,9 @@ from lf_jax import generate, loading, pipeline, text
 from lf_jax.arrays import Array
 from lf_jax.commands import outputs
 from lf_jax.commands.console import note, progress, show_config
-from lf_jax.commands.prompts import read_prompts
+from lf_jax.commands.prompts import read_embeddings, read_prompts
 from lf_jax.config import Config, check
-from lf_jax.inputs import video_chunks
+from lf_jax.inputs import check_runs, video_chunks
 from lf_jax.video import Mp4Writer
 
 
@@ -42,7 +42,7 @@ class Sample:
     num_frames: int | None = None  # pixel frames; short for --video.num-frames
     initial_image: pathlib.Path | None = None  # first frame; needs a model with rollout.independent_first_frame
     initial_video: pathlib.Path | None = None  # video to go on from
-    weights_seed: int = 0  # of random weights
+    weights_seed: int | None = None  # of a preset's random weights, 0 if not given
     overwrite: bool = False  # replace files that were made with other options
     settings: Annotated[Config, tyro.conf.arg(name="")] = Config()
 
@@ -51,13 +51,13 @@ class Sample:
         show_config(config, weights=self.model, output=self.output)
         for name in ("batch", "samples"):
             check(getattr(self, name) > 0, f"--{name} {getattr(self, name)} must be positive")
-        chunks = len(video_chunks(config))
+        check_runs(config)
         source = loading.find(self.model, config, self.weights_seed)
         source.check(*(("dit", "vae") if self.embeddings else ("dit", "vae", "text")))
-        encoded = None if self.embeddings is None else text.load_embeddings(self.embeddings, source.fingerprint())
+        encoded = read_embeddings(self.embeddings, source)
         prompts = self._prompts(config, encoded)
         inputs = (self.initial_image, self.initial_video, self.embeddings)
-        manifest = outputs.Manifest(self.output, outputs.recipe_of(config, self.model, self.weights_seed, inputs))
+        manifest = outputs.Manifest(self.output, outputs.recipe_of(config, self.model, source.seed, inputs))
         videos = outputs.list_videos(prompts, self.seed, self.samples)
         pending = manifest.pending(videos, self.overwrite)
         if len(pending) < len(videos):
@@ -70,7 +70,7 @@ class Sample:
             encoded = pipeline.encode_prompts(source, pipeline.texts(prompts, config))
         pipe = pipeline.load(self.model, config, seed=self.weights_seed)
         with progress() as bar:
-            task = bar.add_task("chunks", total=chunks * -(-len(pending) // self.batch))
+            task = bar.add_task("chunks", total=len(video_chunks(config)) * -(-len(pending) // self.batch))
             for start in range(0, len(pending), self.batch):
                 together = pending[start : start + self.batch]
                 stream = pipe.stream(

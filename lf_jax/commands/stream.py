@@ -9,11 +9,12 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from lf_jax import checkpoint, generate, loading, pipeline, text
+from lf_jax import checkpoint, generate, loading, pipeline
 from lf_jax.commands import outputs
 from lf_jax.commands.console import note, show_config
+from lf_jax.commands.prompts import read_embeddings
 from lf_jax.config import Config, check
-from lf_jax.inputs import video_chunks
+from lf_jax.inputs import check_runs
 from lf_jax.video import Mp4Writer
 
 
@@ -35,29 +36,36 @@ class Stream:
     output: pathlib.Path  # the mp4 file to write
     config: str | None = None  # preset or Python file with the settings, in place of those of the model
     embeddings: pathlib.Path | None = None  # file of `lf-jax encode` that holds the prompt
-    seed: int = 0
+    seed: int | None = None  # 0 if not given; a state goes on with its own
     num_frames: int | None = None  # pixel frames of the whole video; short for --video.num-frames
     stop_at: int | None = None  # end after the chunk that reaches this pixel frame of the whole video
     initial_image: pathlib.Path | None = None  # first frame; needs a model with rollout.independent_first_frame
     initial_video: pathlib.Path | None = None  # video to go on from
     state_in: pathlib.Path | None = None  # state to go on from
     state_out: pathlib.Path | None = None  # where to save the state after the last chunk
-    weights_seed: int = 0  # of random weights
+    weights_seed: int | None = None  # of a preset's random weights, 0 if not given
     overwrite: bool = False  # replace output and state if they exist
     settings: Annotated[Config, tyro.conf.arg(name="")] = Config()
 
     def run(self) -> None:
         config = pipeline.with_frames(self.settings, self.num_frames)
         show_config(config, weights=self.model, output=self.output)
-        video_chunks(config)
+        check_runs(config)
+        own = self.state_in is None or self.seed is None
+        check(own, f"--seed {self.seed} has no use with --state-in: a state goes on with its own")
         for option, path in (("--output", self.output), ("--state-out", self.state_out)):
             if path is not None:
                 check(self.overwrite or not path.exists(), f"{option} {path} exists; --overwrite replaces it")
                 outputs.check_writable(option, path.absolute().parent)
         state = None if self.state_in is None else read_state(self.state_in)
+        made, planned = 0 if state is None else pixel_frames(int(state.rollout.cache.end), config), config.video.num_frames
+        check(
+            self.stop_at is None or made < self.stop_at <= planned,
+            f"--stop-at {self.stop_at} must lie within the {planned} frames of the video, after the {made} made already",
+        )
         source = loading.find(self.model, config, self.weights_seed)
         source.check(*(("dit", "vae") if self.embeddings else ("dit", "vae", "text")))
-        encoded = None if self.embeddings is None else text.load_embeddings(self.embeddings, source.fingerprint())
+        encoded = read_embeddings(self.embeddings, source)
         pipe = pipeline.load(self.model, config, seed=self.weights_seed)
         stream = pipe.stream(
             self.prompt,

@@ -1,5 +1,7 @@
 """Which key blocks a query block attends to: budgets (`growth`) and selectors, chosen by name or given as a function."""
 
+from collections.abc import Callable
+
 import jax
 
 from lf_jax import config
@@ -37,12 +39,16 @@ def select(
     Raises:
         ValueError: for an unknown name.
     """
-    policy = settings.policy
-    if isinstance(policy, str):
-        config.check(policy in SELECTORS, f"{policy=} must be 'dense', a function, or one of {', '.join(SELECTORS)}")
-        policy = SELECTORS[policy]
     q, new, cache = jax.lax.stop_gradient((q, new, cache))
-    return policy(q, new, cache, layer, budget, grid, settings)
+    return selector(settings.policy)(q, new, cache, layer, budget, grid, settings)
 
 
-__all__ = ["SELECTORS", "Budget", "Selector", "chunk_budgets", "chunk_sparsities", "pool_keys", "select"]
+def selector(policy: str | Callable) -> Selector:
+    """The selector that a sparse `policy` names or is. Raises ValueError for an unknown name."""
+    if not isinstance(policy, str):
+        return policy
+    config.check(policy in SELECTORS, f"{policy=} must be 'dense', a function, or one of {', '.join(SELECTORS)}")
+    return SELECTORS[policy]
+
+
+__all__ = ["SELECTORS", "Budget", "Selector", "chunk_budgets", "chunk_sparsities", "pool_keys", "select", "selector"]
