@@ -1,0 +1,116 @@
+"""Implementations of attention as calls that are ready to be launched again and again."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.block_sparse import block_sparse_attention, reference
+from pallas_kernels.block_sparse.api import IMPLEMENTATIONS
+from pallas_kernels.block_sparse.types import BlockMap
+from pallas_kernels.workloads import Case
+
+TORCH = ("sdpa", "flex", "fa4")  # those of `peers`
+NAMES = (*IMPLEMENTATIONS, "cudnn", *TORCH)
+
+
+class Missing(Exception):
+    """The implementation cannot run this workload here; the message is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    launch: Callable[[], Sequence[Any]]  # starts a call and does not wait: the output, or the gradients of q, k and v
+    wait: Callable[[Sequence[Any]], Any]  # until what was launched last is there
+    head: Callable[[Any, int], np.ndarray]  # (array [b, t, head, e], head) -> [b, t, e] float32 on the host
+    launched: str  # how: "calls" or "CUDA graph"
+
+
+def prepare(name: str, case: Case) -> Run:
+    """
+    Raises:
+        ValueError: for an unknown name.
+        Missing: if it cannot run this workload here.
+    """
+    if name not in NAMES:
+        raise ValueError(f"implementation {name!r} must be one of {', '.join(NAMES)}")
+    if name in TORCH:
+        return _peer(name, case)
+    if name == "cudnn":
+        needs_full_lists(case)
+        k, v = case.all_keys()
+        return _jax(dataclasses.replace(case, k=k, v=v, past=None), _cudnn)
+    try:
+        return _jax(case, partial(_block_sparse, implementation=name))
+    except NotImplementedError as error:
+        raise Missing(str(error)) from error
+
+
+def needs_full_lists(case: Case) -> None:
+    if not case.workload.full or case.workload.padded:
+        raise Missing("has no block lists: runs dense workloads only")
+
+
+def _peer(name: str, case: Case) -> Run:
+    try:
+        from pallas_kernels import peers
+    except ImportError as error:
+        raise Missing(f"torch is not installed ({error})") from error
+    return peers.run(name, case)
+
+
+@partial(jax.jit, static_argnames=("scale", "frame_tokens", "implementation"))
+def _block_sparse(q, k, v, blocks, past, *, scale, frame_tokens, implementation):
+    return block_sparse_attention(
+        q, k, v, blocks, past=past, scale=scale, frame_tokens=frame_tokens, implementation=implementation
+    )
+
+
+@partial(jax.jit, static_argnames=("scale", "frame_tokens"))
+def _cudnn(q, k, v, blocks, past, *, scale, frame_tokens):
+    del blocks, past, frame_tokens  # of full lists without dead tokens
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+
+
+@jax.jit
+def _pull(pull, dout):
+    return pull(dout)
+
+
+def _jax(case: Case, attend: Callable[..., jax.Array]) -> Run:
+    """A run of a jitted function, compiled."""
+    work = case.workload
+    attend = partial(attend, scale=work.scale, frame_tokens=work.frame_tokens if work.padded else None)
+    if work.backward:
+        _, pull = jax.vjp(lambda q, k, v: attend(q, k, v, case.blocks, case.past), case.q, case.k, case.v)
+        launch = partial(_pull, pull, case.dout)
+    else:
+
+        def launch():
+            return (attend(case.q, case.k, case.v, case.blocks, case.past),)
+
+    jax.block_until_ready(launch())
+    return Run(launch, jax.block_until_ready, lambda array, h: np.asarray(array[:, :, h].astype(jnp.float32)), "calls")
+
+
+@partial(jax.jit, static_argnames=("scale", "frame_tokens", "backward"))
+def _reference(q, k, v, dout, blocks, *, scale, frame_tokens, backward):
+    def attend(q, k, v):
+        return reference.attention(q, k, v, blocks, None, scale, frame_tokens)[0]
+
+    if not backward:
+        return (attend(q, k, v),)
+    return jax.vjp(attend, q, k, v)[1](dout)
+
+
+def expected(case: Case, head: int) -> list[np.ndarray]:
+    """What a run returns for one head, from the definition and in float32: arrays [b, t, e]."""
+    work, (k, v), one = case.workload, case.all_keys(), slice(head, head + 1)
+    arrays = (x[:, :, one].astype(jnp.float32) for x in (case.q, k, v, case.dout))
+    blocks = BlockMap(case.blocks.index[:, one], case.blocks.count[:, one], work.block_q, work.block_k)
+    results = _reference(*arrays, blocks, scale=work.scale, frame_tokens=work.frame_tokens, backward=work.backward)
+    return [np.asarray(x[:, :, 0]) for x in results]
