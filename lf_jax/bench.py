@@ -6,9 +6,7 @@ memory and, but for the column `first`, of compiled programs.
 """
 
 import dataclasses
-import pathlib
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +23,7 @@ from lf_jax.pipeline import Pipeline, texts
 from lf_jax.rollout import stream
 from lf_jax.text import Embeddings, encode
 from lf_jax.tokens import chunk_lengths, latent_frames
+from pallas_kernels.bench import commit
 
 STAGES = ("denoise", "decode", "copy")  # of a chunk: the transformer's passes, the autoencoder, pixels to the host
 PROMPT = "A red ball rolls slowly behind a white wall"
@@ -125,17 +124,3 @@ def facts(config: Config) -> dict[str, str | int | float]:
         f"{config.sparsity.policy} attention, {config.model.dtype}, {config.vae.kind} VAE at base {config.vae.base}",
         "peak GiB": round(stats.get("peak_bytes_in_use", 0) / 2**30, 2),
     }
-
-
-def commit() -> str:
-    """The commit of a checkout, marked where files differ from it; "installed" elsewhere.
-
-    An installed package may lie inside a checkout of something else, which does not track this file.
-    """
-    file = pathlib.Path(__file__).resolve()
-    git = partial(subprocess.run, cwd=file.parent, capture_output=True, text=True, check=True)
-    try:
-        git(["git", "ls-files", "--error-unmatch", file.name])
-        return git(["git", "describe", "--always", "--dirty"]).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # also where there is no git
-        return "installed"

@@ -108,7 +108,7 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit of a checkout, marked where files differ from it; "unknown" where there is none.
+    """The commit of a checkout, marked where files differ from it; "installed" elsewhere.
 
     An installed package may lie inside a checkout of something else, which does not track this file.
     """
@@ -117,8 +117,8 @@ def commit() -> str:
     try:
         git(["git", "ls-files", "--error-unmatch", file.name])
         return git(["git", "describe", "--always", "--dirty"]).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    except (OSError, subprocess.CalledProcessError):  # also where there is no git
+        return "installed"
 
 
 def line(row: Row) -> str:

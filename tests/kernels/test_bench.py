@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 
 import jax.numpy as jnp
@@ -198,3 +199,20 @@ def test_what_runs_on_a_gpu_is_right(name):
     if row.ms is None:
         pytest.skip(row.note)
     assert row.error < 5e-3
+
+
+def test_the_commit_is_of_this_project_or_none(tmp_path, monkeypatch):
+    """An installed package may lie inside the checkout of another project."""
+    file = tmp_path / "bench.py"
+    file.touch()
+    monkeypatch.setattr(bench, "__file__", str(file))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    assert bench.commit() == "installed"
+    subprocess.run([*git, "add", "bench.py"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    assert len(bench.commit()) >= 7 and head.startswith(bench.commit())
+    monkeypatch.setenv("PATH", "")
+    assert bench.commit() == "installed"
