@@ -28,9 +28,9 @@ test: $(VENV)/installed
 # The main job from its real beginning: PyTorch checkpoints in their original layouts, here with random weights.
 demo: $(VENV)/installed
 	$(BIN)/python tools/random_checkpoint.py tiny $(OUT)/torch
-	$(BIN)/lf-jax convert self_forcing $(OUT)/torch/self_forcing_dmd.pt $(OUT)/model --preset tiny
-	$(BIN)/lf-jax convert wan_vae $(OUT)/torch/Wan2.1_VAE.pth $(OUT)/model
-	$(BIN)/lf-jax convert umt5 $(OUT)/torch/models_t5_umt5-xxl-enc-bf16.pth $(OUT)/model --preset tiny
+	$(BIN)/lf-jax convert self_forcing $(OUT)/torch/self_forcing_dmd.pt $(OUT)/model --preset tiny --overwrite
+	$(BIN)/lf-jax convert wan_vae $(OUT)/torch/Wan2.1_VAE.pth $(OUT)/model --overwrite
+	$(BIN)/lf-jax convert umt5 $(OUT)/torch/models_t5_umt5-xxl-enc-bf16.pth $(OUT)/model --preset tiny --overwrite
 	$(BIN)/lf-jax sample --model $(OUT)/model --output $(OUT) --overwrite \
 	    --prompt "A red ball rolls slowly behind a white wall"
 
