@@ -48,7 +48,8 @@ def self_attention(
     if settings.dense:
         keys, values, length = kv.dense_view(cache, layer, new, frames)
         keys, values = (without_padding(x, grid) for x in (keys, values))
-        return dense_attention(q, keys, values, length // grid.padded_frame * grid.frame_tokens), new
+        length = length // grid.padded_frame * grid.frame_tokens
+        return dense_attention(q, keys, values, length, settings.implementation), new
     with jax.named_scope("select"):
         blocks = sparsity.select(q, new, cache, layer, budget, grid, settings)
     out = block_sparse_attention(
@@ -73,14 +74,16 @@ def implementations(settings: config.Config) -> dict[str, str | None]:
     """
     q, named = queries(settings), settings.sparsity.implementation
     if settings.sparsity.dense:
-        return dense_implementations(q)
-    sparsity.selector(settings.sparsity.policy)
-    grid = Grid.of(settings)
-    rows = (1, settings.model.heads, grid.query_blocks(settings.rollout.chunk_frames))
-    index, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((*rows, grid.frame_blocks), rows))
-    can = explain(q, BlockMap(index, count, grid.block_q, grid.block_k))
+        can = automatic = dense_implementations(q)
+    else:
+        sparsity.selector(settings.sparsity.policy)
+        grid = Grid.of(settings)
+        rows = (1, settings.model.heads, grid.query_blocks(settings.rollout.chunk_frames))
+        index, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((*rows, grid.frame_blocks), rows))
+        can = explain(q, BlockMap(index, count, grid.block_q, grid.block_k))
+        automatic = {name: reason for name, reason in can.items() if IMPLEMENTATIONS[name].automatic}
     if named is None:
-        return {name: reason for name, reason in can.items() if IMPLEMENTATIONS[name].automatic}
+        return automatic
     config.check(named in can, f"sparsity.implementation={named!r} must be one of {', '.join(can)}, or None")
     if can[named] is not None:
         raise NotImplementedError(f"sparsity.implementation={named!r}: {can[named]}")

@@ -133,7 +133,7 @@ class Sparsity:
     near_frames: int = 2
     block_q: int = 64  # tokens of a query block
     block_k: int = 64  # tokens of a key block
-    implementation: str | None = None  # of the attention kernel; None chooses, a name runs or raises
+    implementation: str | None = None  # of self-attention, dense or sparse; None chooses, a name runs or raises
 
     def __post_init__(self):
         check(0 <= self.target < 1, f"{self.target=} must lie in [0, 1)")

@@ -64,7 +64,7 @@ def operations(settings: Config) -> tuple[Operation, ...]:
     """The operations that have more than one implementation, and the convolutions, which have one."""
     policy, grid = settings.sparsity.policy, tokens.Grid.of(settings)
     kind = "dense" if settings.sparsity.dense else f"{policy}, blocks {grid.block_q}x{grid.block_k}"
-    named = None if settings.sparsity.dense else settings.sparsity.implementation
+    named = settings.sparsity.implementation
     return (
         chosen(f"self-attention ({kind})", attention.implementations(settings), named),
         chosen("cross-attention", attention.dense_implementations(attention.queries(settings))),

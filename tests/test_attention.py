@@ -172,10 +172,11 @@ def test_wrong_calls_are_refused():
         attention.self_attention(q, k, v, cache, jnp.int32(0), None, g, settings("topk"))
 
 
-def test_the_kernel_named_in_the_settings_is_the_one_that_runs():
-    g = grid("topk")
-    cache, *_ = history("first chunk", g, True)
+@pytest.mark.parametrize("policy, names", [("topk", "hopper, triton, xla, reference"), ("dense", "cudnn, xla")])
+def test_the_kernel_named_in_the_settings_is_the_one_that_runs(policy, names):
+    g = grid(policy)
+    cache, *_ = history("first chunk", g, policy != "dense")
     q, k, v = draw(1, 1, g)
-    named = dataclasses.replace(settings("topk"), implementation="unheard of")
-    with pytest.raises(ValueError, match="'unheard of' must be one of hopper, triton, xla, reference"):
+    named = dataclasses.replace(settings(policy), implementation="unheard of")
+    with pytest.raises(ValueError, match=f"'unheard of' must be one of {names}, or None"):
         run(q, k, v, cache, sparsity.Budget(jnp.int32(4), 12), g, named)

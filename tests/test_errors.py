@@ -208,6 +208,8 @@ def test_damaged_manifest(capsys, tmp_path, good):
 def test_named_implementation_that_cannot_run(capsys, good, tmp_path, not_encoded):
     message = fails(capsys, "doctor", "--config", "light_forcing_1_3b", "--sparsity.implementation", "quantum")
     assert "sparsity.implementation='quantum' must be one of" in message
+    message = fails(capsys, "doctor", "--config", "self_forcing_1_3b", "--sparsity.implementation", "quantum")
+    assert "sparsity.implementation='quantum' must be one of cudnn, xla, or None" in message
     message = fails(capsys, *sample(good, tmp_path, "--sparsity.implementation", "triton"))
     assert "sparsity.implementation='triton': " in message
     assert untouched(tmp_path)
