@@ -18,7 +18,7 @@ MATRIX, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.La
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the kernels are laid out; chosen from shapes, or tuned."""
+    """How the kernels are laid out. The defaults are for an H100 or H200 in its SXM form."""
 
     stages: int = 2  # key and value tiles in flight, per stream
     parts: int = 3  # into which the lists of the last wave are cut; 1 leaves it
