@@ -23,7 +23,7 @@ from lf_jax.pipeline import Pipeline, texts
 from lf_jax.rollout import stream
 from lf_jax.text import Embeddings, encode
 from lf_jax.tokens import chunk_lengths, latent_frames
-from pallas_kernels.bench import commit
+from pallas_kernels.timing import commit
 
 STAGES = ("denoise", "decode", "copy")  # of a chunk: the transformer's passes, the autoencoder, pixels to the host
 PROMPT = "A red ball rolls slowly behind a white wall"

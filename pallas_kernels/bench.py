@@ -1,10 +1,11 @@
 """One table: implementations of attention x workloads. `python -m pallas_kernels.bench --help`
 
-How it is timed, the same for all: a workload's implementations are compiled first. Then come `--repeats` rounds, in each
-of which every implementation in turn is launched many times back to back, about 50 ms of work, and waited for once at the
-end; a round gives the wall time divided by the launches. The table has the median over the rounds, in which all see the
-same clocks and temperatures. Work of the host does not count: launches of JAX run ahead of the GPU, those of torch are
-replays of a CUDA graph (where one cannot be captured the table says so).
+How it is timed, the same for all: a workload's implementations are compiled first, in one process. Then come `--repeats`
+rounds, in each of which every implementation in turn is launched many times back to back, about 50 ms of work, and waited
+for once at the end; a round gives the wall time divided by the launches. The table has the median over the rounds, in which
+all see the same clocks and temperatures. Work of the host does not count: launches of JAX run ahead of the GPU, those of
+torch are replays of a CUDA graph (where one cannot be captured the table says so). An implementation that kills the process
+is named, and the workload is measured again without it.
 
 ms         of one launch: all that a user's call costs on the device, with what prepares the lists and joins partial results
 TFLOP/s    over the live tokens of the listed blocks only: two products for the output, five for the gradients
@@ -16,23 +17,16 @@ A workload's name says: backward or not, live keys, share of the blocks kept, bl
 
 import argparse
 import dataclasses
-import json
-import math
 import pathlib
 import statistics
-import subprocess
-import time
 from collections.abc import Sequence
 from functools import partial
-from importlib import metadata
 
 import numpy as np
 
-from pallas_kernels import platform, runs, workloads
+from pallas_kernels import platform, runs, timing, workloads
+from pallas_kernels.worker import Worker, begin, one_line, survivors
 from pallas_kernels.workloads import Workload
-
-ROUND = 0.05  # seconds of one implementation in one round
-VERSIONS = ("jax", "jaxlib", "nvidia-cudnn-cu13", "torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,32 +47,24 @@ def measure(workload: Workload, implementations: Sequence[str], repeats: int) ->
     flops = case.flops()
     heads = sorted({0, workload.heads - 1})
     expected = [runs.expected(case, head) for head in heads]
-    ready, rows = {}, {}
+    ready, errors, rows = {}, {}, {}
     for name in implementations:
+        begin(name)
         try:
             run = runs.prepare(name, case)
-            worst = max(_error(run, head, want) for head, want in zip(heads, expected, strict=True))
-            ready[name] = run, worst, math.ceil(ROUND / _seconds(run, 1)), []
+            errors[name] = max(_error(run, head, want) for head, want in zip(heads, expected, strict=True))
+            ready[name] = run
         except runs.Missing as missing:
             rows[name] = Row(workload.name, name, note=str(missing))
         except Exception as error:  # of others' compilers and kernels, of any kind: the table says which
-            rows[name] = Row(workload.name, name, note=f"{type(error).__name__}: {error}".strip().replace("\n", " "))
-    for _ in range(repeats):
-        for run, _, launches, times in ready.values():
-            times.append(1000 * _seconds(run, launches))
-    for name, (run, worst, _, times) in ready.items():
+            if not timing.device_is_well():
+                raise
+            rows[name] = Row(workload.name, name, note=one_line(error))
+    for name, times in timing.by_turns(ready, repeats).items():
         ms = statistics.median(times)
-        rows[name] = Row(workload.name, name, ms, min(times), max(times), flops / ms / 1e9, worst, run.launched)
+        figures = ms, min(times), max(times), flops / ms / 1e9, errors[name]
+        rows[name] = Row(workload.name, name, *figures, ready[name].launched)
     return [rows[name] for name in implementations]
-
-
-def _seconds(run: runs.Run, launches: int) -> float:
-    """Wall time of one of `launches` launches."""
-    start = time.perf_counter()
-    for _ in range(launches):
-        outputs = run.launch()
-    run.wait(outputs)
-    return (time.perf_counter() - start) / launches
 
 
 def _error(run: runs.Run, head: int, expected: Sequence[np.ndarray]) -> float:
@@ -89,36 +75,11 @@ def _error(run: runs.Run, head: int, expected: Sequence[np.ndarray]) -> float:
     return max(float(np.linalg.norm(got - want) / np.linalg.norm(want)) for got, want in pairs)
 
 
-def facts(repeats: int) -> dict[str, str]:
-    """What a figure must name to mean anything."""
-    return {
-        "device": platform.describe(),
-        "versions": ", ".join(f"{name} {version}" for name in VERSIONS if (version := _version(name))),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "timed": f"wall time of back-to-back launches, {1000 * ROUND:.0f} ms a round; median of {repeats} rounds by turns",
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def commit() -> str:
-    """The commit of a checkout, marked where files differ from it; "installed" elsewhere.
-
-    An installed package may lie inside a checkout of something else, which does not track this file.
-    """
-    file = pathlib.Path(__file__).resolve()
-    git = partial(subprocess.run, cwd=file.parent, capture_output=True, text=True, check=True)
-    try:
-        git(["git", "ls-files", "--error-unmatch", file.name])
-        return git(["git", "describe", "--always", "--dirty"]).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # also where there is no git
-        return "installed"
+def rows_of(worker: Worker, workload: Workload, implementations: Sequence[str], repeats: int) -> list[Row]:
+    """`measure` in a worker: rows also of those that killed it."""
+    rows, dead = survivors(worker, measure, workload, implementations, repeats)
+    rows += [Row(workload.name, name, note=how) for name, how in dead.items()]
+    return sorted(rows, key=lambda row: implementations.index(row.implementation))
 
 
 def line(row: Row) -> str:
@@ -145,16 +106,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     say = partial(print, flush=True)
-    report, rows = facts(given.repeats), []
-    for name, fact in report.items():
-        say(f"{name}: {fact}")
-    say(_line("workload", "implementation", "ms", "TFLOP/s", "error", "launched as"))
-    for workload in chosen:
-        for row in measure(workload, tuple(dict.fromkeys(given.implementations)), given.repeats):
-            rows.append(row)
-            say(line(row))
-        if given.json is not None:
-            given.json.write_text(json.dumps({"facts": report, "rows": [dataclasses.asdict(row) for row in rows]}, indent=2))
+    implementations = list(dict.fromkeys(given.implementations))
+    with Worker() as worker:
+        report, rows = timing.facts(worker.ask(platform.describe), given.repeats), []
+        for name, fact in report.items():
+            say(f"{name}: {fact}")
+        say(_line("workload", "implementation", "ms", "TFLOP/s", "error", "launched as"))
+        for workload in chosen:
+            for row in rows_of(worker, workload, implementations, given.repeats):
+                rows.append(row)
+                if row.note != runs.DENSE_ONLY:
+                    say(line(row))
+            if given.json is not None:
+                timing.write_json(given.json, {"facts": report, "rows": [dataclasses.asdict(row) for row in rows]})
 
 
 def _parser() -> argparse.ArgumentParser:

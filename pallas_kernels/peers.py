@@ -57,19 +57,25 @@ def _captured(call: Call, stream: torch.cuda.Stream) -> tuple[Call, str]:
         graph.replay()
         stream.synchronize()
         if all(bool(output.any()) for output in outputs):
-
-            def replay():
-                with torch.cuda.stream(stream):
-                    graph.replay()
-                return outputs
-
-            return replay, "CUDA graph"
+            return partial(_replay, graph, stream, outputs, call), "CUDA graph"
 
     def plain():
         with torch.cuda.stream(stream):
             return call()
 
     return plain, f"calls; as a CUDA graph {reason}"
+
+
+def _replay(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, outputs: Sequence[torch.Tensor], call: Call):
+    """The outputs, which the graph fills again.
+
+    The graph holds addresses, not tensors: those it reads live as long as `call`, which made it. Were they gone, the next
+    graph's capture would return their memory to the driver, and this one would fault.
+    """
+    del call
+    with torch.cuda.stream(stream):
+        graph.replay()
+    return outputs
 
 
 def _head(output: torch.Tensor, head: int) -> np.ndarray:
@@ -154,6 +160,8 @@ def _fa4(case: Case) -> Call:
     work, blocks = case.workload, case.blocks
     if work.padded:
         raise Missing("is given full blocks only, and blocks of these frames hold dead tokens")
+    if work.backward and not work.full and (work.block_q % 64 or work.block_k != 128):
+        raise Missing("its gradients need query blocks of a multiple of 64 and key blocks of 128 (Hopper, head_dim 128)")
 
     def tensors(index: jax.Array, count: jax.Array) -> BlockSparseTensorsTorch:
         full_index, full_count = _tensor(index), _tensor(count)
