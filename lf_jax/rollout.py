@@ -218,21 +218,25 @@ def next_chunk(
     frames: int,
     step_noise: Float[Array, "draws b f h w c"] | None = None,
 ) -> tuple[Float[Array, "b f h w c"], KVCache]:
-    """One chunk of `frames` frames, generated and committed.
-
-    Training rollouts cache a slightly noisy chunk (`context_noise`): at `context_timestep` 0 the original's look-up of
-    the noise level finds the lowest one of its grid, 0.005 at shift 5, and so does this one.
-    """
-    settings = config.rollout
+    """One chunk of `frames` frames, generated and committed."""
     shape = (frames, *_frame_shape(config))
     if noise is None:
         noise = seeded.chunk_noise(keys, chunk, shape)
     latents = denoise_chunk(model, text, noise, cache, keys, chunk, budget, config, step_noise)
-    context = latents
-    if settings.context_noise:
-        fresh = seeded.step_noise(keys, chunk, draws(config) - 1, shape) if step_noise is None else step_noise[-1]
-        context = flow.add_noise(latents, fresh, flow.nearest_sigma(jnp.float32(settings.context_timestep), settings.shift))
-    return latents, commit_chunk(model, text, context, cache, budget, config, settings.context_timestep)
+    context = as_context(latents, keys, chunk, config, step_noise)
+    return latents, commit_chunk(model, text, context, cache, budget, config, config.rollout.context_timestep)
+
+
+def as_context(
+    latents: Float[Array, "b f h w c"], keys: Key[Array, " b"], chunk: Int[Array, ""], config: Config, step_noise: Array | None
+) -> Float[Array, "b f h w c"]:
+    """What a finished chunk is cached as: itself, or slightly noisy (`context_noise`), as in training rollouts. At timestep 0
+    the original's look-up of the noise level finds the lowest one of its grid, 0.005 at shift 5, and so does this one."""
+    settings = config.rollout
+    if not settings.context_noise:
+        return latents
+    fresh = seeded.step_noise(keys, chunk, draws(config) - 1, latents.shape[1:]) if step_noise is None else step_noise[-1]
+    return flow.add_noise(latents, fresh, flow.nearest_sigma(jnp.float32(settings.context_timestep), settings.shift))
 
 
 compiled_chunk = jax.jit(next_chunk, static_argnames=("config", "frames"), donate_argnames="cache")

@@ -116,6 +116,7 @@ def forward(
     budget: Budget | None,
     grid: Grid,
     sparsity: config.Sparsity,
+    remat: bool = False,
 ) -> tuple[Float[Array, "b f h w c"], ChunkKV]:
     """Velocity of a chunk of frames that follow the committed ones (Self-Forcing, `causal_model.py`).
 
@@ -125,6 +126,7 @@ def forward(
         text: of the same batch.
         cache: the frames before; `cache.end` is the absolute index of the chunk's first frame.
         budget: key blocks a query block may visit; None where attention is dense.
+        remat: for gradients: keep what enters a layer and compute the layer again, instead of keeping all that is in it.
 
     Returns:
         The velocity `noise - clean`, in the dtype of `x`, and the keys and values of all layers, for `cache.append`.
@@ -148,7 +150,8 @@ def forward(
         return block(tokens, modulation, angles, text_k, text_v, attend)
 
     layers = (model.blocks, text.k, text.v, jnp.arange(settings.layers))
-    tokens, new = jax.lax.scan(layer, patchify(model, x), layers)
+    body = jax.checkpoint(layer, prevent_cse=False) if remat else layer  # a scan shares nothing between its steps
+    tokens, new = jax.lax.scan(body, patchify(model, x), layers)
     with jax.named_scope("head"):
         velocity = unpatchify(model, model.head(tokens, time), grid)
     return velocity.astype(x.dtype), new
