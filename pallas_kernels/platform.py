@@ -11,6 +11,7 @@ class Device:
     kind: str  # the device's own name
     compute_capability: tuple[int, int] | None  # of an NVIDIA GPU
     count: int  # devices of this kind
+    multiprocessors: int | None = None  # of an NVIDIA GPU
 
     @property
     def nvidia(self) -> bool:
@@ -20,7 +21,9 @@ class Device:
 def device() -> Device:
     """The default device of this process."""
     first = jax.devices()[0]
-    return Device(first.platform, first.device_kind, _capability(first), jax.device_count())
+    capability = _capability(first)
+    cores = None if capability is None else getattr(first, "core_count", None)
+    return Device(first.platform, first.device_kind, capability, jax.device_count(), cores)
 
 
 def describe() -> str:

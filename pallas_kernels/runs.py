@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.block_sparse import block_sparse_attention, reference
+from pallas_kernels.block_sparse import block_sparse_attention, hopper, reference
 from pallas_kernels.block_sparse.api import IMPLEMENTATIONS
+from pallas_kernels.block_sparse.hopper_common import Config
 from pallas_kernels.block_sparse.types import BlockMap
 from pallas_kernels.workloads import Case
 
@@ -51,6 +52,11 @@ def prepare(name: str, case: Case) -> Run:
         raise Missing(str(error)) from error
 
 
+def configured(case: Case, config: Config) -> Run:
+    """The Hopper kernels in this configuration."""
+    return _jax(case, partial(_hopper, config=config))
+
+
 def needs_full_lists(case: Case) -> None:
     if not case.workload.full or case.workload.padded:
         raise Missing(DENSE_ONLY)
@@ -69,6 +75,11 @@ def _block_sparse(q, k, v, blocks, past, *, scale, frame_tokens, implementation)
     return block_sparse_attention(
         q, k, v, blocks, past=past, scale=scale, frame_tokens=frame_tokens, implementation=implementation
     )
+
+
+@partial(jax.jit, static_argnames=("scale", "frame_tokens", "config"))
+def _hopper(q, k, v, blocks, past, *, scale, frame_tokens, config):
+    return hopper.attention(q, k, v, blocks, past, scale, frame_tokens, config=config)[0]
 
 
 @partial(jax.jit, static_argnames=("scale", "frame_tokens"))

@@ -176,10 +176,15 @@ FORWARD = tuple(_forward())
 BACKWARD = tuple(
     Workload(0.12, 128, block_k, lists, past_frames=9, backward=True) for block_k in (64, 128) for lists in ("topk", "random")
 )
+# With those above, a forward workload of every block size at three lengths of lists and a backward one: for `tune`.
+TUNING = (
+    *(Workload(1.0, block_q, block_k, "full") for block_q, block_k in ((128, 64), (128, 32), (64, 64))),
+    *(Workload(0.12, block_q, block_k, past_frames=9, backward=True) for block_q, block_k in ((128, 32), (64, 64))),
+)
 _SMALL = Workload(0.5, 16, 16, frame_tokens=40, past_frames=2, chunk_frames=1, batch=1, heads=2, head_dim=32, dtype="float32")
 # For trying the command on any machine.
 SMALL = (_SMALL, dataclasses.replace(_SMALL, backward=True))
-WORKLOADS = {work.name: work for work in (*FORWARD, *BACKWARD, *SMALL)}
+WORKLOADS = {work.name: work for work in (*FORWARD, *BACKWARD, *TUNING, *SMALL)}
 
 
 def named(patterns: Iterable[str]) -> list[Workload]:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platform
+from pallas_kernels import platform, tuned
 from pallas_kernels.block_sparse.differentiable import attend
 from pallas_kernels.block_sparse.hopper_common import LOG2E, ROWS, Config
 from pallas_kernels.block_sparse.hopper_forward import forward
@@ -58,13 +58,18 @@ def attention(
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.block_sparse_attention`; returns (out, lse), both differentiable.
 
+    Args:
+        config: how the kernels are laid out; None takes what was measured to be best on this device (see `tuned`).
+
     Raises:
         NotImplementedError: if the kernels are not made for such a call, with the reason.
     """
     cannot = unfit(q, blocks)
     if cannot is not None:
         raise NotImplementedError(f"block-sparse attention for Hopper: {cannot}")
-    return attend(Hopper(scale, frame_tokens, config or Config()), q, k, v, past, blocks)
+    call = q.shape, blocks.block_q, blocks.block_k, blocks.index.shape[-1]
+    configs = (config or Config(**tuned.config(direction, *call)) for direction in tuned.DIRECTIONS)
+    return attend(Hopper(scale, frame_tokens, *configs), q, k, v, past, blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +79,10 @@ class Hopper:
     scale: float
     frame_tokens: int | None
     config: Config
+    backward_config: Config
 
     def forward(self, q, k, v, blocks, past):
-        return forward(q, k, v, blocks, past, **self._settings())
+        return forward(q, k, v, blocks, past, **self._settings(self.config))
 
     def backward(self, q, k, v, blocks, past, out, lse, dout, dlse, past_gradient):
         padded = -(-q.shape[1] // (2 * ROWS)) * 2 * ROWS
@@ -87,9 +93,10 @@ class Hopper:
         stats = jnp.stack([jnp.where(lse == -jnp.inf, 0, lse * LOG2E), delta], axis=2)
         stats = jnp.pad(stats, ((0, 0), (0, 0), (0, 0), (0, padded - q.shape[1])))
         products = (q, dout, stats, k, v, past, blocks)
-        dq = queries(*products, **self._settings())
-        dk, dv, layer = keys(*products, past_gradient=past_gradient, **self._settings())
+        settings = self._settings(self.backward_config)
+        dq = queries(*products, **settings)
+        dk, dv, layer = keys(*products, past_gradient=past_gradient, **settings)
         return dq, dk, dv, layer
 
-    def _settings(self) -> dict[str, Any]:
-        return dict(scale=self.scale, frame_tokens=self.frame_tokens, config=self.config)
+    def _settings(self, config: Config) -> dict[str, Any]:
+        return dict(scale=self.scale, frame_tokens=self.frame_tokens, config=config)

@@ -72,7 +72,7 @@ def test_the_workloads_of_the_issue_are_there():
     names += ["18432-keep12-128x64", "32760-keep12-128x32", "backward-18432-keep12-128x64"]
     names = [f"{name}-{lists}" for name in names for lists in ("topk", "random")] + ["32256-dense-128x128"]
     assert set(names) <= set(workloads.WORKLOADS)
-    every = [*workloads.FORWARD, *workloads.BACKWARD, *workloads.SMALL]
+    every = [*workloads.FORWARD, *workloads.BACKWARD, *workloads.TUNING, *workloads.SMALL]
     assert len(workloads.WORKLOADS) == len(every), "two workloads of one name"
     for work in workloads.FORWARD:
         assert (work.batch, work.heads, work.head_dim, work.dtype) == (1, 12, 128, "bfloat16")

@@ -97,9 +97,10 @@ def test_unused_entries_may_hold_anything():
     ("name", "expected"), [("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx942", None), (None, None), ("10.x", None)]
 )
 def test_compute_capability(name, expected, monkeypatch):
-    fake = SimpleNamespace(platform="gpu", device_kind="Some GPU", compute_capability=name)
+    fake = SimpleNamespace(platform="gpu", device_kind="Some GPU", compute_capability=name, core_count=114)
     monkeypatch.setattr(jax, "devices", lambda: [fake])
     assert platform.device().compute_capability == expected
+    assert platform.device().multiprocessors == (114 if expected else None)
     assert ("compute capability" in platform.describe()) == (expected is not None)
 
 
@@ -107,3 +108,4 @@ def test_the_device_describes_itself():
     here = platform.device()
     assert here.kind in platform.describe() and jax.__version__ in platform.describe()
     assert here.nvidia == (here.backend == "gpu" and here.compute_capability is not None)
+    assert (here.multiprocessors is not None) == here.nvidia
