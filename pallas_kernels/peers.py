@@ -18,10 +18,10 @@ import torch._functorch.config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from pallas_kernels.block_sparse import lists
 from pallas_kernels.runs import Missing, Run, needs_full_lists
 from pallas_kernels.workloads import Case
 
+Array = jax.Array | np.ndarray
 Call = Callable[[], Sequence[torch.Tensor]]  # -> the output, or the gradients of q, k and v, each [b, t, head, e]
 
 
@@ -82,7 +82,7 @@ def _head(output: torch.Tensor, head: int) -> np.ndarray:
     return output[:, :, head].detach().float().cpu().numpy()
 
 
-def _tensor(array: jax.Array) -> torch.Tensor:
+def _tensor(array: Array) -> torch.Tensor:
     """A copy for torch; numpy's own bfloat16 is not known to it."""
     host = np.array(array)
     if host.dtype.name == "bfloat16":
@@ -151,6 +151,17 @@ def block_mask(case: Case, device: str = "cuda") -> BlockMask:
     )
 
 
+def transposed(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The query blocks that name each key block, [b, head, key_block, query_block] int32, and how many: what gradients of
+    FlashAttention-4 walk, in units of whole query blocks."""
+    index, count = np.asarray(case.blocks.index), np.asarray(case.blocks.count)
+    named = np.zeros((*count.shape, case.workload.key_blocks + 1), bool)
+    entries = np.where(np.arange(index.shape[-1]) < count[..., None], index, case.workload.key_blocks)
+    np.put_along_axis(named, entries, True, axis=-1)
+    named = named[..., :-1].swapaxes(-1, -2)
+    return np.argsort(~named, axis=-1, kind="stable").astype(np.int32), named.sum(-1, dtype=np.int32)
+
+
 def _fa4(case: Case) -> Call:
     try:
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -163,7 +174,7 @@ def _fa4(case: Case) -> Call:
     if work.backward and not work.full and (work.block_q % 64 or work.block_k != 128):
         raise Missing("its gradients need query blocks of a multiple of 64 and key blocks of 128 (Hopper, head_dim 128)")
 
-    def tensors(index: jax.Array, count: jax.Array) -> BlockSparseTensorsTorch:
+    def tensors(index: Array, count: Array) -> BlockSparseTensorsTorch:
         full_index, full_count = _tensor(index), _tensor(count)
         masked_index, masked_count = torch.zeros_like(full_index), torch.zeros_like(full_count)
         size = (work.block_q, work.block_k)
@@ -180,5 +191,5 @@ def _fa4(case: Case) -> Call:
         return lambda: forward()[:1]
     out, lse = forward(return_lse=True)[:2]
     if not work.full:
-        sparse = dict(block_sparse_tensors=tensors(*lists.transpose(blocks, 0, work.key_blocks)))
+        sparse = dict(block_sparse_tensors=tensors(*transposed(case)))
     return lambda: _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=work.scale, **sparse)[:3]

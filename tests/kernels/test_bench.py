@@ -222,6 +222,22 @@ def test_flex_attention_is_given_the_same_lists(workload):
 
 
 @pytest.mark.torch
+@forms
+def test_flash_attention_is_given_the_lists_of_the_keys(workload):
+    pytest.importorskip("torch")
+    from pallas_kernels import peers
+
+    case = workloads.case(workload)
+    lists, lengths = peers.transposed(case)
+    index, count = np.asarray(case.blocks.index), np.asarray(case.blocks.count)
+    assert lists.dtype == lengths.dtype == np.int32
+    assert lists.shape == (*count.shape[:2], workload.key_blocks, count.shape[2])
+    for b, h, key in np.ndindex(*lengths.shape):
+        naming = [i for i in range(count.shape[2]) if key in index[b, h, i, : count[b, h, i]]]
+        assert lists[b, h, key, : lengths[b, h, key]].tolist() == naming
+
+
+@pytest.mark.torch
 def test_a_graph_keeps_the_tensors_that_it_reads(monkeypatch):
     """CUDA graphs hold addresses only: freed, the memory is another's, or nobody's, at the next replay."""
     torch = pytest.importorskip("torch")
