@@ -134,6 +134,8 @@ class Sparsity:
     block_q: int = 64  # tokens of a query block
     block_k: int = 64  # tokens of a key block
     implementation: str | None = None  # of self-attention, dense or sparse; None chooses, a name runs or raises
+    selection: str | None = None  # implementation of the choice of blocks, likewise
+    attention: Literal["sparse", "auto"] = "sparse"  # auto: chunks that keep so much that selecting costs more keep everything
 
     def __post_init__(self):
         check(0 <= self.target < 1, f"{self.target=} must lie in [0, 1)")
@@ -143,6 +145,10 @@ class Sparsity:
             f"{self.keep_frames=} must exceed {self.sink_frames=} + {self.near_frames=}",
         )
         check(self.block_q > 0 and self.block_k > 0, f"{self.block_q=} and {self.block_k=} must be positive")
+        check(
+            self.attention == "sparse" or self.policy not in ("dense", "full", "window"),
+            f"{self.attention=} needs a policy that selects by budget, received {self.policy=}",
+        )
 
     @property
     def dense(self) -> bool:

@@ -7,7 +7,7 @@ import platform as host
 
 from lf_jax import attention, tokens
 from lf_jax.config import Config
-from pallas_kernels import platform
+from pallas_kernels import platform, tuned
 
 REQUIRED = (
     "jax", "jaxlib", "flax", "einops", "jaxtyping", "numpy", "ml_dtypes", "safetensors", "orbax-checkpoint", "sentencepiece",
@@ -36,13 +36,15 @@ class Report:
     optional: dict[str, str | None]
     environment: dict[str, str]
     operations: tuple[Operation, ...]
+    tuning: dict[str, str]  # what was measured on such a device, and is chosen by
 
 
 def examine(settings: Config) -> Report:
     """What would run for `settings` in this process.
 
     Raises:
-        ValueError, NotImplementedError: if `settings.sparsity` names what is unknown or cannot run here.
+        ValueError, NotImplementedError: if `settings.sparsity` names what is unknown or cannot run here, or what was measured
+            on this device cannot be read.
     """
     return Report(
         device=f"{platform.describe()}, Python {host.python_version()}",
@@ -50,6 +52,7 @@ def examine(settings: Config) -> Report:
         optional={name: version(name) for name in OPTIONAL},
         environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         operations=operations(settings),
+        tuning=tuning(settings),
     )
 
 
@@ -79,6 +82,23 @@ def chosen(name: str, reasons: dict[str, str | None], named: str | None = None) 
     pick = next(key for key, reason in reasons.items() if reason is None)
     before = list(reasons)[: list(reasons).index(pick)]
     return Operation(name, pick, tuple(f"{key}: {reasons[key]}" for key in before) or ("the first choice",))
+
+
+def tuning(settings: Config) -> dict[str, str]:
+    """The table of measured configurations of this device and, for sparse attention, the break-even of its block sizes."""
+    kind, found = platform.device().kind, tuned.table(platform.device().kind)
+    if found is None:
+        report = {"configurations": f"the defaults: there is no table for {kind} ({tuned.file(kind).name})"}
+    else:
+        measured = "; ".join(found.measured) or "empty"
+        report = {"configurations": f"{tuned.file(kind).name}, classes of calls: {len(found.configs)} ({measured})"}
+    if not settings.sparsity.dense:
+        grid = tokens.Grid.of(settings)
+        share = tuned.break_even(grid.block_q, grid.block_k)
+        report[f"break-even of blocks {grid.block_q}x{grid.block_k}"] = (
+            "not measured: taken as 100 % of the blocks" if share is None else f"{100 * share:.0f} % of the blocks"
+        )
+    return report
 
 
 def convolutions() -> str:

@@ -35,6 +35,8 @@ class Doctor:
         for operation in report.operations:
             table.add_row(operation.name, operation.choice, "\n".join(operation.reasons))
         console.print(table)
+        for name, measured in report.tuning.items():
+            console.print(f"{name}: {measured}", highlight=False)
         table = Table("package", "version", "")
         for name, version in report.versions.items():
             table.add_row(name, version or "MISSING", "required")

@@ -14,6 +14,7 @@ import numpy as np
 from lf_jax import config
 from lf_jax.arrays import Leaf
 from lf_jax.tokens import Grid
+from pallas_kernels import tuned
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["width"])
@@ -61,13 +62,18 @@ def chunk_sparsities(
 def chunk_budgets(lengths: Sequence[int], start: int, grid: Grid, settings: config.Sparsity, cache: config.Cache) -> Budget:
     """The key blocks that a query block may visit, for every chunk: at least 1, at most the K that are visible.
 
-    `int((1 - s_i) * K)` under Chunk-Aware Growth. The policies "window" and "full" take all they are made for.
+    `int((1 - s_i) * K)` under Chunk-Aware Growth; with `attention="auto"` all K from the share on at which this device gains
+    nothing by selecting (`pallas_kernels.tuned.break_even`; where nobody measured it, K of K). The policies "window" and
+    "full" take all they are made for.
 
     Args:
         lengths, start: as in `chunk_sparsities`.
 
     Returns:
         Budgets [chunk], and a width that also holds a first chunk of any of these lengths.
+
+    Raises:
+        ValueError: if what was measured on this device cannot be read.
     """
     frames = [min(start + int(f), cache.window or start + int(f)) for f in np.cumsum(lengths)]  # visible, chunk included
     visible = [f * grid.frame_blocks for f in frames]
@@ -79,5 +85,8 @@ def chunk_budgets(lengths: Sequence[int], start: int, grid: Grid, settings: conf
     else:
         sparsities = chunk_sparsities(lengths, settings, cache, start)
         blocks = [max(1, min(k, int((1 - s) * k))) for s, k in zip(sparsities, visible, strict=True)]
+        if settings.attention == "auto":
+            share = tuned.break_even(grid.block_q, grid.block_k) or 1.0
+            blocks = [k if kept >= share * k else kept for kept, k in zip(blocks, visible, strict=True)]
     width = max(*blocks, max(lengths) * grid.frame_blocks)
     return Budget(np.asarray(blocks, np.int32), width)
