@@ -17,6 +17,7 @@ LAYERS = [  # bottom first; the longest matching prefix places a module
         "lf_jax.tokens",
         "lf_jax.noise",
         "lf_jax.video",
+        "lf_jax.world",
     ],
     ["lf_jax.sparsity"],
     ["lf_jax.attention"],
@@ -31,6 +32,8 @@ LAYERS = [  # bottom first; the longest matching prefix places a module
         "lf_jax.plan",
         "lf_jax.doctor",
         "lf_jax.parity",
+        "lf_jax.evaluate",
+        "lf_jax.train",
     ],
     ["lf_jax", "lf_jax.cli", "lf_jax.commands", "convert", "configs"],
 ]
