@@ -22,8 +22,6 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
-
 from pallas_kernels import platform, runs, timing, workloads
 from pallas_kernels.worker import Worker, begin, one_line, survivors
 from pallas_kernels.workloads import Workload
@@ -52,7 +50,7 @@ def measure(workload: Workload, implementations: Sequence[str], repeats: int) ->
         begin(name)
         try:
             run = runs.prepare(name, case)
-            errors[name] = max(_error(run, head, want) for head, want in zip(heads, expected, strict=True))
+            errors[name] = max(runs.error(run, head, want) for head, want in zip(heads, expected, strict=True))
             ready[name] = run
         except runs.Missing as missing:
             rows[name] = Row(workload.name, name, note=str(missing))
@@ -65,14 +63,6 @@ def measure(workload: Workload, implementations: Sequence[str], repeats: int) ->
         figures = ms, min(times), max(times), flops / ms / 1e9, errors[name]
         rows[name] = Row(workload.name, name, *figures, ready[name].launched)
     return [rows[name] for name in implementations]
-
-
-def _error(run: runs.Run, head: int, expected: Sequence[np.ndarray]) -> float:
-    outputs = run.launch()
-    run.wait(outputs)
-    found = (run.head(output, head) for output in outputs)
-    pairs = zip(found, expected, strict=True)
-    return max(float(np.linalg.norm(got - want) / np.linalg.norm(want)) for got, want in pairs)
 
 
 def rows_of(worker: Worker, workload: Workload, implementations: Sequence[str], repeats: int) -> list[Row]:

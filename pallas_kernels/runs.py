@@ -126,3 +126,12 @@ def expected(case: Case, head: int) -> list[np.ndarray]:
     blocks = BlockMap(case.blocks.index[:, one], case.blocks.count[:, one], work.block_q, work.block_k)
     results = _reference(*arrays, blocks, scale=work.scale, frame_tokens=work.frame_tokens, backward=work.backward)
     return [np.asarray(x[:, :, 0]) for x in results]
+
+
+def error(run: Run, head: int, expected: Sequence[np.ndarray]) -> float:
+    """Relative L2 distance of what it computes for this head from what is expected, the worst of its outputs."""
+    outputs = run.launch()
+    run.wait(outputs)
+    found = (run.head(output, head) for output in outputs)
+    pairs = zip(found, expected, strict=True)
+    return max(float(np.linalg.norm(got - want) / np.linalg.norm(want)) for got, want in pairs)

@@ -52,13 +52,13 @@ def candidates(direction: str) -> dict[str, dict[str, int]]:
 def measure(workload: Workload, names: Sequence[str], repeats: int) -> list[tuple[str, list[float] | str]]:
     """`Results` of these configurations."""
     case, choices = workloads.case(workload), candidates(direction(workload))
-    expected = runs.expected(case, 0)[0]
+    expected = runs.expected(case, 0)
     ready, results = {}, {}
     for name in names:
         begin(name)
         try:
             run = runs.configured(case, Config(**choices[name]))
-            error = _error(run, expected)
+            error = runs.error(run, 0, expected)
         except Exception as why:  # of the compiler: too much shared memory, too many registers
             if not timing.device_is_well():
                 raise
@@ -70,13 +70,6 @@ def measure(workload: Workload, names: Sequence[str], repeats: int) -> list[tupl
                 results[name] = f"wrong: relative L2 error {error:.1e}"
     results |= timing.by_turns(ready, repeats)
     return [(name, results[name]) for name in names]
-
-
-def _error(run: runs.Run, expected: np.ndarray) -> float:
-    """Relative L2 error of the first output in the first head."""
-    outputs = run.launch()
-    run.wait(outputs)
-    return float(np.linalg.norm(run.head(outputs[0], 0) - expected) / np.linalg.norm(expected))
 
 
 def direction(workload: Workload) -> str:
@@ -117,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.repeats < 1:
         parser.error(f"--repeats {given.repeats} must be positive")
+    if given.json is not None and not given.json.resolve().parent.is_dir():
+        parser.error(f"--json {given.json}: there is no folder {given.json.parent}")
     try:
         chosen = workloads.named(given.workloads)
         selections = [_selection(text, chosen) for text in given.selection]

@@ -188,6 +188,7 @@ def test_without_a_gpu_there_is_nothing_to_measure(capsys):
     [
         (["--repeats", "0"], "--repeats 0 must be positive"),
         (["--workloads", "32k"], "no workload is called '32k'"),
+        (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
         (["--selection", "128=0.1"], "'128=0.1' must be like 128x64=0.021"),
         (["--selection", "16x16=0.1"], "needs the workloads '32256-*-16x16*'"),
     ],
