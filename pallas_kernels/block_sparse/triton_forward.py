@@ -13,7 +13,6 @@ but the table in `api.py` on them: they go as a pair.
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,17 +22,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import platform
+from pallas_kernels import platform, triton
 from pallas_kernels.block_sparse import lists
 from pallas_kernels.block_sparse.types import BlockMap, Past
 
 LOG2E = math.log2(math.e)
-CAPABILITIES = (8, 9, 12)  # major numbers
 SHARED_MEMORY = {(8, 0): 163, (8, 7): 163, (9, 0): 227}  # KiB that a program may use; 99 on all other devices
-
-# jax warns while it compiles, long after this code has run, so a filter around the call would miss it. Whoever chose the
-# implementation can do nothing about the warning; when the lowering goes, these files go.
-warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +42,7 @@ class Config:
 
 def reason(q: Any, blocks: BlockMap, past: Past | None, return_lse: bool) -> str | None:
     """Why these kernels cannot run such a call on the default device; None if they can."""
-    here = platform.device()
-    if here.compute_capability is None:
-        return f"needs an NVIDIA GPU, the default device is {here.kind} ({here.backend})"
-    if here.compute_capability[0] not in CAPABILITIES:
-        return "needs compute capability 8.x, 9.x or 12.x, {} has {}.{}".format(here.kind, *here.compute_capability)
-    return unsupported(q, blocks)
+    return triton.reason() or unsupported(q, blocks)
 
 
 def unsupported(q: Any, blocks: BlockMap) -> str | None:
@@ -240,8 +229,9 @@ def load(ref: Any, keep: jax.Array | None) -> jax.Array:
 
 
 def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    """Sums over one axis of each, in float32."""
-    return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+    """Sums over one axis of each, in float32; of float32 without rounding them to TF32 first, as would be the default."""
+    axes, precision = (((axis_a,), (axis_b,)), ((), ())), "highest" if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def query_specs(rows: int, e: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:

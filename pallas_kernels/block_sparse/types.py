@@ -18,6 +18,9 @@ class BlockMap:
     count: jax.Array  # [b, head, q_block] int32: how many entries are real, 0..width; the rest is ignored
     block_q: int = dataclasses.field(metadata={"static": True})  # tokens of a query block; the last one may be short
     block_k: int = dataclasses.field(metadata={"static": True})  # tokens of a key block
+    # [b, head, q_block] int32: so many entries come first that name blocks without dead tokens; those behind may have
+    # some. None: any order. Who makes lists in such an order saves a kernel from putting them into it.
+    whole: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
