@@ -24,6 +24,7 @@ def self_attention(
     v: Float[Array, "b t head e"],
     cache: KVCache,
     layer: Int[Array, ""],
+    time: sparsity.Timeline | None,
     budget: sparsity.Budget | None,
     grid: Grid,
     settings: config.Sparsity,
@@ -33,17 +34,19 @@ def self_attention(
     Args:
         q, k, v: whole frames of `grid.frame_tokens` tokens, after qk-norm and RoPE.
         layer: which layer of the cache.
-        budget: key blocks a query block may visit in this chunk; None where `settings` is dense.
+        time: the order of the key blocks, `sparsity.timeline` of the chunk; None where `settings` is dense.
+        budget: key blocks a query block may visit in this chunk; likewise.
 
     Returns:
         The output, and what this layer adds to the cache.
 
     Raises:
-        ValueError: if `q` is not made of whole frames, or a sparse policy comes without a budget.
+        ValueError: if `q` is not made of whole frames, or a sparse policy comes without a timeline or a budget.
     """
     frames, over = divmod(q.shape[1], grid.frame_tokens)
     config.check(over == 0, f"q has {q.shape[1]} tokens, expected a multiple of {grid.frame_tokens=}")
-    config.check(settings.dense or budget is not None, f"policy {settings.policy!r} needs a budget, received None")
+    for name, value in (("timeline", time), ("budget", budget)):
+        config.check(settings.dense or value is not None, f"policy {settings.policy!r} needs a {name}, received None")
     new = chunk_kv(k, v, grid, pool=not settings.dense)
     if settings.dense:
         keys, values, length = kv.dense_view(cache, layer, new, frames)
@@ -51,7 +54,7 @@ def self_attention(
         length = length // grid.padded_frame * grid.frame_tokens
         return dense_attention(q, keys, values, length, settings.implementation), new
     with jax.named_scope("select"):
-        blocks = sparsity.select(q, new, cache, layer, budget, grid, settings)
+        blocks = sparsity.select(sparsity.Inputs(q, new, cache, layer, time, budget, grid, settings))
     out = block_sparse_attention(
         q,
         new.k,

@@ -239,7 +239,7 @@ def block_outputs(
         block, text_k, text_v, index, given = inputs
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, ChunkKV]:
-            return attention.self_attention(q, k, v, cache, index, None, grid, sparsity)
+            return attention.self_attention(q, k, v, cache, index, None, None, grid, sparsity)
 
         chained, _ = block(tokens, modulation, angles, text_k, text_v, attend)
         alone, _ = block(given.astype(tokens.dtype), modulation, angles, text_k, text_v, attend)

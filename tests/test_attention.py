@@ -82,7 +82,9 @@ def test_every_policy_with_a_full_budget_is_dense(policy, name, rows):
 
 @partial(jax.jit, static_argnums=(5, 6))
 def run(q, k, v, cache, budget, grid, settings):
-    return attention.self_attention(q, k, v, cache, jnp.int32(1), None if settings.dense else budget, grid, settings)
+    frames = q.shape[1] // grid.frame_tokens
+    given = (None, None) if settings.dense else (sparsity.timeline(cache, frames, grid), budget)
+    return attention.self_attention(q, k, v, cache, jnp.int32(1), *given, grid, settings)
 
 
 def test_a_small_budget_is_not_dense():
@@ -167,9 +169,12 @@ def test_wrong_calls_are_refused():
     q, k, v = draw(1, 1, g)
     short = [x[:, :-1] for x in (q, k, v)]
     with pytest.raises(ValueError, match="q has 29 tokens, expected a multiple of grid.frame_tokens=30"):
-        attention.self_attention(*short, cache, jnp.int32(0), None, g, settings("dense"))
+        attention.self_attention(*short, cache, jnp.int32(0), None, None, g, settings("dense"))
+    with pytest.raises(ValueError, match="policy 'topk' needs a timeline, received None"):
+        attention.self_attention(q, k, v, cache, jnp.int32(0), None, None, g, settings("topk"))
     with pytest.raises(ValueError, match="policy 'topk' needs a budget, received None"):
-        attention.self_attention(q, k, v, cache, jnp.int32(0), None, g, settings("topk"))
+        time = sparsity.timeline(cache, 1, g)
+        attention.self_attention(q, k, v, cache, jnp.int32(0), time, None, g, settings("topk"))
 
 
 @pytest.mark.parametrize("policy, names", [("topk", "hopper, triton, xla, reference"), ("dense", "cudnn, xla")])

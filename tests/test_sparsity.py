@@ -1,7 +1,7 @@
 """Chunk-Aware Growth against numbers worked out by hand, and every selector against a loop over the raw tokens."""
 
 import dataclasses
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import pytest
 from lf_jax import attention, config, sparsity
 from lf_jax import cache as kv
 from lf_jax.sparsity.baselines import attention_mass
-from lf_jax.sparsity.select import pool_queries, timeline
+from lf_jax.sparsity.select import pool_queries
 from lf_jax.tokens import Grid
 from pallas_kernels import check_block_map
 
@@ -93,7 +93,7 @@ class Video:
     def __init__(
         self, grid: Grid, window: int | None, sink: int, frames: int, chunk: int = 3, seed: int = 0, scale: float = 1.0
     ):
-        self.grid, self.chunk, self.layer = grid, chunk, 1
+        self.grid, self.chunk = grid, chunk
         model = config.Model(dim=16, ffn_dim=8, heads=2, layers=2, dtype="float32")
         self.cache = kv.empty(model, grid, config.Cache(window=window, sink=sink), True, 1, frames + chunk)
         self.draw = np.random.default_rng(seed)
@@ -125,9 +125,10 @@ class Video:
             slot = frame if frame < slots else sink + (frame - sink) % (slots - sink)
         return slot * self.grid.frame_blocks + block
 
-    def select(self, settings: config.Sparsity, budget: int, width: int):
+    def inputs(self, settings: config.Sparsity, budget: int, width: int) -> sparsity.Inputs:
+        time = sparsity.timeline(self.cache, self.chunk, self.grid)
         chosen = sparsity.Budget(jnp.int32(budget), width)
-        return sparsity.select(self.q, self.new, self.cache, jnp.int32(self.layer), chosen, self.grid, settings)
+        return sparsity.Inputs(self.q, self.new, self.cache, jnp.int32(1), time, chosen, self.grid, settings)
 
 
 def means(frame: np.ndarray, size: int) -> list[np.ndarray]:
@@ -208,7 +209,8 @@ def test_frames_of_480x832():
     video = Video(grid, window=12, sink=1, frames=12)
     settings = dataclasses.replace(HSA, keep_frames=6, near_frames=2)
     assert len(video.visible()) == 9 and video.q.shape[1] % 64  # two stages, and a short last query block
-    assert as_sets(video.select(settings, 43, 75), key_blocks(video)) == brute_force(video, settings, 43)
+    found = sparsity.select(video.inputs(settings, 43, 75))
+    assert as_sets(found, key_blocks(video)) == brute_force(video, settings, 43)
 
 
 @pytest.mark.parametrize("name", VIDEOS)
@@ -221,17 +223,12 @@ def test_one_compilation_serves_all_chunks():
     settings = config.Sparsity(policy="light_forcing", keep_frames=4, sink_frames=1, near_frames=1, target=0.6, base=0.7)
     budgets = sparsity.chunk_budgets((3,) * 6, 0, SMALL, settings, config.Cache(window=10, sink=1))
 
-    @jax.jit
-    def select(video_arrays, blocks):
-        q, new, cache = video_arrays
-        budget = sparsity.Budget(blocks, budgets.width)
-        return sparsity.select(q, new, cache, jnp.int32(1), budget, SMALL, settings)
-
+    compiled = _select._cache_size()
     for chunk in range(6):
         video = Video(SMALL, window=10, sink=1, frames=3 * chunk)
-        blocks = select((video.q, video.new, video.cache), jnp.asarray(budgets.blocks[chunk]))
+        blocks = _select(video.inputs(settings, budgets.blocks[chunk], budgets.width))
         assert as_sets(blocks, key_blocks(video)) == brute_force(video, settings, int(budgets.blocks[chunk]))
-    assert select._cache_size() == 1
+    assert _select._cache_size() == compiled + 1
 
 
 @pytest.mark.parametrize("name", ["no past", "one stage", "ring, sink 1"])
@@ -264,32 +261,32 @@ def test_the_oracle_knows_the_attention():
     mass = np.zeros((2, 12, key_blocks(video)))
     for row, block in np.ndindex(90, len(place)):
         mass[:, row // 8, place[block]] += shares[:, row, block] / min(8, 90 - row // 8 * 8)
-    time = timeline(video.new, video.cache, SMALL)
-    found = attention_mass(video.q, video.new, video.cache, jnp.int32(1), time, SMALL)[0]
-    np.testing.assert_allclose(found, mass[:, :, np.asarray(time.blocks)], atol=1e-6)
+    inputs = video.inputs(config.Sparsity(policy="oracle"), 5, key_blocks(video))
+    found = attention_mass(inputs)[0]
+    np.testing.assert_allclose(found, mass[:, :, np.asarray(inputs.time.blocks)], atol=1e-6)
     chosen = as_sets(_jitted(video, config.Sparsity(policy="oracle"), 5), key_blocks(video))
     assert all(kept == set(np.argsort(-mass[at])[:5].tolist()) for at, kept in chosen.items())
 
 
 def test_lists_too_narrow_for_a_first_chunk_are_refused():
-    with pytest.raises(ValueError, match="budget.width=11 must hold the 12 key blocks"):
-        _video("one stage").select(HSA, 3, width=11)
+    with pytest.raises(ValueError, match="width=11 must hold the 12 key blocks"):
+        sparsity.select(_video("one stage").inputs(HSA, 3, width=11))
 
 
 def test_an_unknown_policy_is_refused():
     with pytest.raises(ValueError, match="policy='best' must be 'dense', a function, or one of light_forcing, topk"):
-        _video("one stage").select(dataclasses.replace(HSA, policy="best"), 3, 12)
+        sparsity.select(_video("one stage").inputs(dataclasses.replace(HSA, policy="best"), 3, 12))
 
 
 def test_a_function_of_ones_own_selects():
     video = _video("one stage")
 
-    def mine(q, new, cache, layer, budget, grid, settings):
-        assert callable(settings.policy)
-        return sparsity.SELECTORS["window"](q, new, cache, layer, budget, grid, settings)
+    def mine(inputs):
+        assert callable(inputs.settings.policy)
+        return sparsity.SELECTORS["window"](inputs)
 
     settings = config.Sparsity(policy=mine, sink_frames=0, near_frames=1, keep_frames=2)
-    assert (video.select(settings, 999, 40).count == 4 * SMALL.frame_blocks).all()
+    assert (sparsity.select(video.inputs(settings, 999, 40)).count == 4 * SMALL.frame_blocks).all()
 
 
 def test_pooling_divides_by_live_tokens():
@@ -305,11 +302,8 @@ def _video(name: str) -> Video:
     return Video(SMALL, **VIDEOS[name])
 
 
-@partial(jax.jit, static_argnums=(5, 6))
-def _select(q, new, cache, layer, budget, grid, settings):
-    return sparsity.select(q, new, cache, layer, budget, grid, settings)
+_select = jax.jit(sparsity.select)
 
 
 def _jitted(video: Video, settings: config.Sparsity, budget: int):
-    width = key_blocks(video)
-    return _select(video.q, video.new, video.cache, jnp.int32(1), sparsity.Budget(jnp.int32(budget), width), SMALL, settings)
+    return _select(video.inputs(settings, budget, key_blocks(video)))

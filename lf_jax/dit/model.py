@@ -21,7 +21,7 @@ from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.config import check
 from lf_jax.dit.block import Block, modulate
 from lf_jax.layers import Linear, Mlp, sinusoid
-from lf_jax.sparsity import Budget
+from lf_jax.sparsity import Budget, timeline
 from lf_jax.tokens import Grid
 
 
@@ -140,12 +140,13 @@ def forward(
     check((height, width) == size, f"x has frames of {(height, width)}, expected {size} for {grid=} and {settings.patch=}")
     time, modulation = embed_time(model, timestep)
     angles = rope.angles(cache.end, frames, grid.rows, grid.columns, settings.head_dim)
+    order = None if sparsity.dense else timeline(cache, frames, grid)
 
     def layer(tokens: Array, inputs: tuple[Block, Array, Array, Array]) -> tuple[Array, ChunkKV]:
         block, text_k, text_v, index = inputs
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, ChunkKV]:
-            return attention.self_attention(q, k, v, cache, index, budget, grid, sparsity)
+            return attention.self_attention(q, k, v, cache, index, order, budget, grid, sparsity)
 
         return block(tokens, modulation, angles, text_k, text_v, attend)
 

@@ -5,13 +5,10 @@ from collections.abc import Callable
 import jax
 
 from lf_jax import config
-from lf_jax.arrays import Array, Float, Int
-from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.sparsity.baselines import full, oracle, topk, window
 from lf_jax.sparsity.growth import Budget, chunk_budgets, chunk_sparsities
 from lf_jax.sparsity.hierarchical import light_forcing
-from lf_jax.sparsity.select import Selector, pool_keys
-from lf_jax.tokens import Grid
+from lf_jax.sparsity.select import Inputs, Selector, Timeline, pool_keys, timeline
 from pallas_kernels import BlockMap
 
 SELECTORS: dict[str, Selector] = {
@@ -23,15 +20,7 @@ SELECTORS: dict[str, Selector] = {
 }
 
 
-def select(
-    q: Float[Array, "b t head e"],
-    new: ChunkKV,
-    cache: KVCache,
-    layer: Int[Array, ""],
-    budget: Budget,
-    grid: Grid,
-    settings: config.Sparsity,
-) -> BlockMap:
+def select(inputs: Inputs) -> BlockMap:
     """The key blocks of one layer of a chunk, by `settings.policy`: a name of `SELECTORS`, or a selector of one's own.
 
     No gradient flows into the choice.
@@ -39,8 +28,7 @@ def select(
     Raises:
         ValueError: for an unknown name.
     """
-    q, new, cache = jax.lax.stop_gradient((q, new, cache))
-    return selector(settings.policy)(q, new, cache, layer, budget, grid, settings)
+    return selector(inputs.settings.policy)(jax.lax.stop_gradient(inputs))
 
 
 def selector(policy: str | Callable) -> Selector:
@@ -51,4 +39,16 @@ def selector(policy: str | Callable) -> Selector:
     return SELECTORS[policy]
 
 
-__all__ = ["SELECTORS", "Budget", "Selector", "chunk_budgets", "chunk_sparsities", "pool_keys", "select", "selector"]
+__all__ = [
+    "SELECTORS",
+    "Budget",
+    "Inputs",
+    "Selector",
+    "Timeline",
+    "chunk_budgets",
+    "chunk_sparsities",
+    "pool_keys",
+    "select",
+    "selector",
+    "timeline",
+]

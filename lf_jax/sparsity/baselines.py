@@ -1,94 +1,55 @@
 """Selectors to compare with: one-stage top-k, sink and window, everything, and the true attention mass."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from lf_jax import config
-from lf_jax.arrays import Array, Float, Int
-from lf_jax.cache import ChunkKV, KVCache
-from lf_jax.sparsity.growth import Budget
-from lf_jax.sparsity.select import Timeline, block_scores, live_tokens, timeline, top_blocks
-from lf_jax.tokens import Grid
+from lf_jax.arrays import Array, Float
+from lf_jax.sparsity.select import Inputs, best_blocks, block_scores, live_tokens
 from pallas_kernels import BlockMap
 
 
-def topk(
-    q: Float[Array, "b t head e"],
-    new: ChunkKV,
-    cache: KVCache,
-    layer: Int[Array, ""],
-    budget: Budget,
-    grid: Grid,
-    settings: config.Sparsity,
-) -> BlockMap:
+def topk(inputs: Inputs) -> BlockMap:
     """A selector: the best blocks by pooled score among all that are visible (one stage)."""
-    time = timeline(new, cache, grid)
-    return _best_visible(block_scores(q, new, cache, layer, time, grid), budget, time, grid)
+    return best_blocks(inputs, block_scores(inputs))
 
 
-def window(
-    q: Float[Array, "b t head e"],
-    new: ChunkKV,
-    cache: KVCache,
-    layer: Int[Array, ""],
-    budget: Budget,
-    grid: Grid,
-    settings: config.Sparsity,
-) -> BlockMap:
+def window(inputs: Inputs) -> BlockMap:
     """A selector: the chunk, the sink frames and the near frames, in this order as far as the budget goes."""
-    time = timeline(new, cache, grid)
-    frame = jnp.arange(cache.frames)
-    sink, near = frame < settings.sink_frames, frame >= time.past - settings.near_frames
-    rank = jnp.where(sink, float(cache.frames), frame.astype(jnp.float32))  # newest first after the sink
-    rank = jnp.concatenate([jnp.repeat(rank, grid.frame_blocks), jnp.full(time.current, cache.frames + 1.0)])
-    available = jnp.minimum(time.past, settings.sink_frames + settings.near_frames) * grid.frame_blocks + time.current
-    scores = jnp.broadcast_to(rank, (*_rows(q, grid), rank.shape[0]))
-    return top_blocks(scores, time.of_frames(sink | near), available, budget, time, grid)
+    settings, time, slots = inputs.settings, inputs.time, inputs.cache.frames
+    frame = jnp.arange(slots)
+    rank = jnp.where(frame < settings.sink_frames, float(slots), frame.astype(jnp.float32))  # newest first after the sink
+    rank = jnp.concatenate([jnp.repeat(rank, time.frame_blocks), jnp.full(time.current, slots + 1.0)])
+    most = jnp.minimum(time.past, settings.sink_frames + settings.near_frames) * time.frame_blocks + time.current
+    budget = dataclasses.replace(inputs.budget, blocks=jnp.minimum(inputs.budget.blocks, most))
+    return best_blocks(dataclasses.replace(inputs, budget=budget), jnp.broadcast_to(rank, (*_rows(inputs), *rank.shape)))
 
 
-def full(
-    q: Float[Array, "b t head e"],
-    new: ChunkKV,
-    cache: KVCache,
-    layer: Int[Array, ""],
-    budget: Budget,
-    grid: Grid,
-    settings: config.Sparsity,
-) -> BlockMap:
+def full(inputs: Inputs) -> BlockMap:
     """A selector: every visible block, in the order of time, as far as the budget goes: dense attention as lists."""
-    time = timeline(new, cache, grid)
-    return _best_visible(jnp.zeros((*_rows(q, grid), time.blocks.shape[0])), budget, time, grid)
+    return best_blocks(inputs, jnp.zeros((*_rows(inputs), *inputs.time.blocks.shape)))
 
 
-def oracle(
-    q: Float[Array, "b t head e"],
-    new: ChunkKV,
-    cache: KVCache,
-    layer: Int[Array, ""],
-    budget: Budget,
-    grid: Grid,
-    settings: config.Sparsity,
-) -> BlockMap:
+def oracle(inputs: Inputs) -> BlockMap:
     """A selector: the blocks that hold the most attention, computed densely. Shows how much a better choice could gain.
 
     Costs dense attention and a copy of one layer's keys.
     """
-    time = timeline(new, cache, grid)
-    return _best_visible(attention_mass(q, new, cache, layer, time, grid), budget, time, grid)
+    return best_blocks(inputs, attention_mass(inputs))
 
 
-def attention_mass(
-    q: Float[Array, "b t head e"], new: ChunkKV, cache: KVCache, layer: Int[Array, ""], time: Timeline, grid: Grid
-) -> Float[Array, "b head query_block key_block"]:
+def attention_mass(inputs: Inputs) -> Float[Array, "b head query_block key_block"]:
     """Softmax probability that the tokens of a query block give to each key block, mean over tokens; float32.
 
-    Key blocks in the order of `time`; the rows add up to 1.
+    Key blocks in the order of `inputs.time`; the rows add up to 1.
     """
+    q, grid, visible = inputs.q, inputs.grid, inputs.time.visible
     b, t, head, e = q.shape
-    keys = jnp.concatenate([jax.lax.dynamic_index_in_dim(cache.k, layer, keepdims=False), new.k], axis=1)
-    keys = keys.reshape(b, -1, grid.block_k, head, e)[:, time.blocks]
+    past = jax.lax.dynamic_index_in_dim(inputs.cache.k, inputs.layer, keepdims=False)
+    keys = jnp.concatenate([past, inputs.new.k], axis=1)
+    keys = keys.reshape(b, -1, grid.block_k, head, e)[:, inputs.time.blocks]
     token_lives = jnp.arange(grid.block_k) < jnp.asarray(live_tokens(grid))[:, None]  # [block of a frame, token]
-    visible = time.of_frames(jnp.ones(cache.frames, bool))
     attended = visible[:, None] & jnp.tile(token_lives, (visible.shape[0] // grid.frame_blocks, 1))
     pad = -t % grid.block_q
     queries = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, -1, grid.block_q, head, e)
@@ -104,11 +65,7 @@ def attention_mass(
     return jnp.moveaxis(jax.lax.map(mass, (jnp.moveaxis(queries, 1, 0), query_lives)), 0, 2)
 
 
-def _best_visible(scores: Array, budget: Budget, time: Timeline, grid: Grid) -> BlockMap:
-    visible = time.of_frames(jnp.ones(time.cached // grid.frame_blocks, bool))
-    return top_blocks(scores, visible, time.past * grid.frame_blocks + time.current, budget, time, grid)
-
-
-def _rows(q: Array, grid: Grid) -> tuple[int, int, int]:
+def _rows(inputs: Inputs) -> tuple[int, int, int]:
     """Batch, heads and query blocks."""
-    return q.shape[0], q.shape[2], -(-q.shape[1] // grid.block_q)
+    b, t, head, _ = inputs.q.shape
+    return b, head, -(-t // inputs.grid.block_q)

@@ -1,15 +1,11 @@
 """The parts that selectors are made of: what a chunk can see, pooled scores, the best blocks of every query block.
 
-A selector is a pure function
-
-    selector(q, new, cache, layer, budget, grid, settings) -> BlockMap
-
-of the queries [b, t, head, e] and the `ChunkKV` of one layer of a chunk, the cache and the layer's number in it, the
-chunk's `Budget`, the token grid and the `config.Sparsity`.
+A selector is a pure function `selector(inputs: Inputs) -> BlockMap`.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +13,24 @@ import numpy as np
 
 from lf_jax import cache as kv
 from lf_jax import config
-from lf_jax.arrays import Array, Bool, Float, Int
+from lf_jax.arrays import Array, Bool, Float, Leaf
 from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.sparsity.growth import Budget
 from lf_jax.tokens import Grid
-from pallas_kernels import BlockMap
-
-Selector = Callable[[Array, ChunkKV, KVCache, Array, Budget, Grid, config.Sparsity], BlockMap]
+from pallas_kernels import BlockMap, selection
 
 
-class Timeline(NamedTuple):
+@partial(jax.tree_util.register_dataclass, data_fields=["blocks", "past"], meta_fields=["cached", "frame_blocks"])
+@dataclasses.dataclass(frozen=True)
+class Timeline:
     """The key blocks of the cache and the chunk in the order of time, whatever slots their frames lie in.
 
     First the visible past, then the cache blocks out of sight, last the chunk. Selection works in this order, so the
     blocks it takes, and how it breaks ties, do not depend on where the ring stands.
     """
 
-    blocks: Array  # [key block] int32: the number of the block in a `BlockMap`
-    past: Array  # [] int32: visible past frames
+    blocks: Leaf  # [key block] int32: the number of the block in a `BlockMap`
+    past: Leaf  # [] int32: visible past frames
     cached: int  # key blocks of the cache
     frame_blocks: int  # key blocks of a frame
 
@@ -43,19 +39,41 @@ class Timeline(NamedTuple):
         """Key blocks of the chunk."""
         return self.blocks.shape[0] - self.cached
 
-    def of_frames(self, kept: Bool[Array, "*lead slots"]) -> Bool[Array, "*lead blocks"]:
-        """The blocks of the chunk and of the `kept` frames of the past, of which frame 0 is the first one visible."""
-        kept &= jnp.arange(kept.shape[-1]) < self.past
-        chunk = jnp.ones((*kept.shape[:-1], self.current), bool)
-        return jnp.concatenate([jnp.repeat(kept, self.frame_blocks, axis=-1), chunk], axis=-1)
+    @property
+    def visible(self) -> Bool[Array, " key_block"]:
+        block = jnp.arange(self.blocks.shape[0])
+        return (block < self.past * self.frame_blocks) | (block >= self.cached)
 
 
-def timeline(new: ChunkKV, cache: KVCache, grid: Grid) -> Timeline:
-    frame = kv.visible(cache, new.k.shape[1] // grid.padded_frame)
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q", "new", "cache", "layer", "time", "budget"],
+    meta_fields=["grid", "settings"],
+)
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a selector gets: one layer of a chunk, and what the chunk may see and spend."""
+
+    q: Leaf  # [b, t, head, head_dim], after qk-norm and RoPE
+    new: ChunkKV  # of the layer
+    cache: KVCache  # of all layers
+    layer: Leaf  # [] int32: which of them
+    time: Timeline
+    budget: Budget
+    grid: Grid
+    settings: config.Sparsity
+
+
+Selector = Callable[[Inputs], BlockMap]
+
+
+def timeline(cache: KVCache, frames: int, grid: Grid) -> Timeline:
+    """What a chunk of `frames` frames that follows the cached ones can see; the same in all layers and steps."""
+    frame = kv.visible(cache, frames)
     slot = jnp.argsort(jnp.where(frame < 0, jnp.iinfo(jnp.int32).max, frame)).astype(jnp.int32)
     cached = cache.frames * grid.frame_blocks
     past = (slot[:, None] * grid.frame_blocks + jnp.arange(grid.frame_blocks)).reshape(-1)
-    chunk = cached + jnp.arange(new.k.shape[1] // grid.block_k)
+    chunk = cached + jnp.arange(frames * grid.frame_blocks)
     return Timeline(jnp.concatenate([past, chunk]).astype(jnp.int32), (frame >= 0).sum(), cached, grid.frame_blocks)
 
 
@@ -68,7 +86,7 @@ def pool_keys(k: Float[Array, "b padded head e"], grid: Grid) -> Float[Array, "b
     """The mean key of every block over its live tokens, in float32. The dead tokens of `k` must be zero."""
     b, _, head, e = k.shape
     blocks = k.astype(jnp.float32).reshape(b, -1, grid.frame_blocks, grid.block_k, head, e)
-    return (blocks.sum(3) / live_tokens(grid)[:, None, None]).reshape(b, -1, head, e)
+    return (blocks / live_tokens(grid)[:, None, None, None]).sum(3).reshape(b, -1, head, e)
 
 
 def pool_queries(q: Float[Array, "b t head e"], block_q: int) -> Float[Array, "b block head e"]:
@@ -76,40 +94,46 @@ def pool_queries(q: Float[Array, "b t head e"], block_q: int) -> Float[Array, "b
     b, t, head, e = q.shape
     blocks = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, -t % block_q), (0, 0), (0, 0))).reshape(b, -1, block_q, head, e)
     tokens = np.minimum(block_q, t - np.arange(blocks.shape[1]) * block_q)
-    return blocks.sum(2) / tokens[:, None, None]
+    return (blocks / tokens[:, None, None, None]).sum(2)  # divided first: one kernel, where a quotient of the sum takes two
 
 
-def block_scores(
-    q: Float[Array, "b t head e"], new: ChunkKV, cache: KVCache, layer: Int[Array, ""], time: Timeline, grid: Grid
-) -> Float[Array, "b head query_block key_block"]:
-    """Mean query . mean key, in float32 without scale or softmax; key blocks in the order of `time`."""
-    past = jnp.moveaxis(cache.pooled[layer, :, time.blocks[: time.cached]], 0, 1)
-    keys = jnp.concatenate([past, new.pooled], axis=1)
-    queries = pool_queries(q, grid.block_q)
-    return jnp.einsum("bqhe,bkhe->bhqk", queries, keys, precision=jax.lax.Precision.HIGHEST)
+def block_scores(inputs: Inputs) -> Float[Array, "b head query_block key_block"]:
+    """Mean query . mean key, in float32 without scale or softmax; key blocks in the order of `inputs.time`."""
+    cache, slots = inputs.cache, inputs.cache.frames
+    return selection.block_scores(
+        pool_queries(inputs.q, inputs.grid.block_q),
+        inputs.new.pooled,
+        inputs.time.blocks,
+        past=cache.pooled if slots else None,
+        layer=inputs.layer if slots else None,
+        implementation=inputs.settings.selection,
+    )
 
 
-def top_blocks(
-    scores: Float[Array, "b head query_block key_block"],
-    candidates: Bool[Array, "*lead key_block"],
-    available: Int[Array, ""],
-    budget: Budget,
-    time: Timeline,
-    grid: Grid,
-) -> BlockMap:
-    """The best blocks of every query block, as many as the budget says, or all candidates where there are fewer.
+def best_blocks(inputs: Inputs, scores: Float[Array, "b head query_block key_block"], **frames: int) -> BlockMap:
+    """The best visible blocks of every query block, as many as the budget says.
 
     Of equal scores the earlier frame wins, then the lower block. A chunk without a past keeps all its blocks.
 
     Args:
-        candidates: blocks that may be taken, broadcast against `scores`.
-        available: how many they are, the same for every query block.
+        scores: key blocks in the order of `inputs.time`.
+        frames: `keep_frames`, `sink_frames`, `near_frames` of `pallas_kernels.selection.choose_blocks`, to choose among the
+            blocks of some past frames only.
 
     Raises:
         ValueError: if the lists are too narrow for a chunk without a past.
     """
-    config.check(budget.width >= time.current, f"{budget.width=} must hold the {time.current} key blocks of a first chunk")
-    _, best = jax.lax.top_k(jnp.where(candidates, scores, -jnp.inf), min(budget.width, scores.shape[-1]))
-    count = jnp.where(time.past == 0, available, jnp.clip(budget.blocks, 1, jnp.minimum(available, budget.width)))
-    count = jnp.broadcast_to(count.astype(jnp.int32), best.shape[:-1])
-    return BlockMap(time.blocks[best], count, grid.block_q, grid.block_k)
+    time, grid = inputs.time, inputs.grid
+    return selection.choose_blocks(
+        scores,
+        time.blocks,
+        time.past,
+        inputs.budget.blocks,
+        cached=time.cached,
+        width=inputs.budget.width,
+        block_q=grid.block_q,
+        block_k=grid.block_k,
+        frame_tokens=grid.frame_tokens,
+        implementation=inputs.settings.selection,
+        **frames,
+    )
