@@ -15,6 +15,7 @@ import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,15 @@ USUAL = [
     for work in (*workloads.FORWARD, *workloads.BACKWARD, *workloads.TUNING)
     if work.lists != "random" and not work.padded and (work.backward or work.keys == LONG)
 ]
+
+
+class Selection(NamedTuple):
+    """The time that selection takes, and the workloads that say what attention takes for shares of such blocks."""
+
+    block_q: int
+    block_k: int
+    milliseconds: float
+    needed: list[Workload]
 
 
 def candidates(direction: str) -> dict[str, dict[str, int]]:
@@ -131,63 +141,65 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say(f"{name}: {fact}")
         fastest: dict[Workload, float] = {}
         for workload in chosen:
-            choices = candidates(direction(workload))
-            found, dead = survivors(worker, measure, workload, list(choices), given.repeats)
+            found, dead = survivors(worker, measure, workload, list(candidates(direction(workload))), given.repeats)
             results: Results = dict(found) | dead
-            for name in choices:
+            for name in candidates(direction(workload)):
                 say(f"{workload.name:34} {name:32} {_told(results[name])}")
-            if (winner := best(results)) is None:
-                continue
-            fastest[workload] = winner[1]
-            entry = {
-                "call": vars(call(workload, here.multiprocessors)),
-                "config": choices[winner[0]],
-                "workload": workload.name,
-                "milliseconds": results,
-                "measured": facts,
-            }
-            table["configs"] = replaced(table["configs"], entry, "call")
+            if (winner := best(results)) is not None:
+                name, fastest[workload] = winner
+                entry = _config_entry(workload, name, results, here.multiprocessors) | {"measured": facts}
+                table["configs"] = replaced(table["configs"], entry, "call")
+                timing.write_json(file, table)
+    for selection in selections:
+        attention = {work.keep: fastest[work] for work in selection.needed if work in fastest}
+        if 1.0 in attention and len(attention) > 1:
+            entry = _break_even_entry(selection, attention) | {"measured": facts}
+            say(f"break-even of {selection.block_q}x{selection.block_k}: {entry['share']:.3f} of the blocks")
+            table["break_even"] = replaced(table["break_even"], entry, "block_q", "block_k")
             timing.write_json(file, table)
     if not fastest:
         parser.exit(1, "no configuration ran\n")
-    for block_q, block_k, selection, needed in selections:
-        attention = {work.keep: fastest[work] for work in needed if work in fastest}
-        if 1.0 not in attention or len(attention) < 2:
-            parser.exit(1, f"no break-even of {block_q}x{block_k}: its workloads did not run\n")
-        share = break_even(attention, selection)
-        entry = {
-            "block_q": block_q,
-            "block_k": block_k,
-            "share": share,
-            "selection": selection,
-            "attention": {str(keep): milliseconds for keep, milliseconds in attention.items()},
-            "measured": facts,
-        }
-        say(f"break-even of {block_q}x{block_k}: {share:.3f} of the blocks")
-        table["break_even"] = replaced(table["break_even"], entry, "block_q", "block_k")
-        timing.write_json(file, table)
     say(f"table: {file}")
+
+
+def _config_entry(workload: Workload, name: str, results: Results, multiprocessors: int) -> dict[str, Any]:
+    return {
+        "call": vars(call(workload, multiprocessors)),
+        "config": candidates(direction(workload))[name],
+        "workload": workload.name,
+        "milliseconds": results,
+    }
+
+
+def _break_even_entry(selection: Selection, attention: Mapping[float, float]) -> dict[str, Any]:
+    return {
+        "block_q": selection.block_q,
+        "block_k": selection.block_k,
+        "share": break_even(attention, selection.milliseconds),
+        "selection": selection.milliseconds,
+        "attention": {str(share): milliseconds for share, milliseconds in attention.items()},
+    }
 
 
 def _told(result: list[float] | str) -> str:
     return result[:200] if isinstance(result, str) else f"{statistics.median(result):.4f} ms"
 
 
-def _selection(text: str, chosen: Sequence[Workload]) -> tuple[int, int, float, list[Workload]]:
-    """ "128x64=0.021" as its numbers, with the workloads that measure attention at several shares of such blocks."""
+def _selection(text: str, chosen: Sequence[Workload]) -> Selection:
+    """What "128x64=0.021" says. Raises ValueError if it says something else, or `chosen` lacks the workloads it needs."""
     blocks, _, milliseconds = text.partition("=")
     try:
-        block_q, block_k, selection = *(int(size) for size in blocks.split("x")), float(milliseconds)
+        block_q, block_k = (int(size) for size in blocks.split("x"))
+        selection = Selection(block_q, block_k, float(milliseconds), [])
     except ValueError:
         raise ValueError(f"--selection {text!r} must be like 128x64=0.021") from None
-    needed = [
-        work
-        for work in chosen
-        if (work.block_q, work.block_k, work.keys) == (block_q, block_k, LONG) and work.lists != "random" and not work.backward
-    ]
-    if len(needed) < 2 or not any(work.full for work in needed):
+    for work in chosen:
+        of_lengths = work.keys == LONG and work.lists != "random" and not work.backward
+        if of_lengths and (work.block_q, work.block_k) == (block_q, block_k):
+            selection.needed.append(work)
+    if len(selection.needed) < 2 or not any(work.full for work in selection.needed):
         raise ValueError(f"--selection {text!r} needs the workloads '{LONG}-*-{block_q}x{block_k}*'")
-    return block_q, block_k, selection, needed
+    return selection
 
 
 def _parser() -> argparse.ArgumentParser:
