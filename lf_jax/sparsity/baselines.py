@@ -1,4 +1,4 @@
-"""Selectors to compare with: one-stage top-k, sink and window, everything, and the true attention mass."""
+"""Selectors to compare with: one-stage top-k, sink and window, everything, chance, and the true attention mass."""
 
 import dataclasses
 
@@ -29,6 +29,16 @@ def window(inputs: Inputs) -> BlockMap:
 def full(inputs: Inputs) -> BlockMap:
     """A selector: every visible block, in the order of time, as far as the budget goes: dense attention as lists."""
     return best_blocks(inputs, jnp.zeros((*_rows(inputs), *inputs.time.blocks.shape)))
+
+
+def random(inputs: Inputs) -> BlockMap:
+    """A selector: any visible blocks. Drawn anew for every layer, head, query block and chunk; the same in every step of a
+    chunk and for every video of a batch, so that a video does not depend on what is beside it.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), inputs.layer), inputs.cache.end)
+    b, *rows = _rows(inputs)
+    scores = jax.random.uniform(key, (*rows, *inputs.time.blocks.shape))
+    return best_blocks(inputs, jnp.broadcast_to(scores, (b, *scores.shape)))
 
 
 def oracle(inputs: Inputs) -> BlockMap:
