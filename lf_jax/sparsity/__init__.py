@@ -5,7 +5,8 @@ from collections.abc import Callable
 import jax
 
 from lf_jax import config
-from lf_jax.sparsity.baselines import full, oracle, topk, window
+from lf_jax.sparsity.auto import unless_everything
+from lf_jax.sparsity.baselines import full, oracle, random, topk, window
 from lf_jax.sparsity.growth import Budget, chunk_budgets, chunk_sparsities
 from lf_jax.sparsity.hierarchical import light_forcing
 from lf_jax.sparsity.select import Inputs, Selector, Timeline, pool_keys, timeline
@@ -16,6 +17,7 @@ SELECTORS: dict[str, Selector] = {
     "topk": topk,
     "window": window,
     "full": full,
+    "random": random,
     "oracle": oracle,
 }
 
@@ -23,12 +25,13 @@ SELECTORS: dict[str, Selector] = {
 def select(inputs: Inputs) -> BlockMap:
     """The key blocks of one layer of a chunk, by `settings.policy`: a name of `SELECTORS`, or a selector of one's own.
 
-    No gradient flows into the choice.
+    No gradient flows into the choice. With `settings.attention` "auto" there is none where the budget holds everything.
 
     Raises:
         ValueError: for an unknown name.
     """
-    return selector(inputs.settings.policy)(jax.lax.stop_gradient(inputs))
+    choose, inputs = selector(inputs.settings.policy), jax.lax.stop_gradient(inputs)
+    return unless_everything(choose, inputs) if inputs.settings.attention == "auto" else choose(inputs)
 
 
 def selector(policy: str | Callable) -> Selector:
