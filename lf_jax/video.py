@@ -108,7 +108,7 @@ def read_video(
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
-                frames.append(_cover(frame, height, width))
+                frames.append(cover(frame, height, width))
                 if max_frames is not None and len(frames) == max_frames:
                     break
     except (av.error.InvalidDataError, IndexError) as error:
@@ -118,9 +118,13 @@ def read_video(
     return np.stack(frames)
 
 
-def _cover(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+def cover(frame: av.VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    """A decoded frame, turned as its file says (telephones film sideways), scaled to cover the size, cropped to its centre."""
+    turns = round(frame.rotation / 90) % 4
+    if turns % 2:
+        height, width = width, height
     scale = max(height / frame.height, width / frame.width)
     size = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
     pixels = frame.reformat(height=size[0], width=size[1], format="rgb24", interpolation="BICUBIC").to_ndarray()
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return pixels[top : top + height, left : left + width]
+    return np.rot90(pixels[top : top + height, left : left + width], turns)
