@@ -1,16 +1,24 @@
 """Trains the tokenizer of the tiny preset: python tools/make_tiny_tokenizer.py [TARGET]
 
 512 unigram pieces with the layout of UMT5's model: pad 0, end 1, start 2, unknown 3, one piece a byte, no normalisation.
+Every word that the captions of the procedural world use is one piece; what is left of the vocabulary spells other English.
 The sentences are our own; the same sentencepiece version gives the same file.
 """
 
+import collections
 import io
 import itertools
 import pathlib
+import random
+import re
 import string
 import sys
+import tempfile
 
 import sentencepiece
+
+from lf_jax.world import Facts, Thing, phrase
+from lf_jax.world.settings import BACKGROUNDS, CAMERAS, COLOURS, HEADINGS, SHAPES, SIZES, SPEEDS, TINTS, WALLS
 
 TARGET = pathlib.Path(__file__).parent.parent / "lf_jax" / "text" / "tiny.model"
 
@@ -44,23 +52,58 @@ def sentences() -> list[str]:
     return [f"{a[0].upper()}{a[1:]} {b} {c}. {STYLES[i % len(STYLES)]}" for i, (a, b, c) in enumerate(scenes)]
 
 
-def train() -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences()),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=512,
-        byte_fallback=True,
-        required_chars="".join(sorted(set(string.printable) - set(string.whitespace))),
-        normalization_rule_name="identity",
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        num_threads=1,
-        minloglevel=2,
+def captions(count: int = 6000) -> list[str]:
+    """Captions of the procedural world. Some are of scenes that cannot be: only the words matter here."""
+    draw = random.Random(0)
+    return [phrase(_facts(draw), seed) for seed in range(count)]
+
+
+def _facts(draw: random.Random) -> Facts:
+    def maybe(names):
+        return draw.choice([None, *names])
+
+    things = tuple(
+        Thing(colour, draw.choice(SHAPES), maybe(SIZES), maybe(SPEEDS), maybe(HEADINGS), maybe([True]))
+        for colour in draw.sample(list(COLOURS), draw.randint(1, 3))
     )
+    background = maybe(BACKGROUNDS)
+    tints = tuple(draw.sample(list(TINTS), {None: 0, "plain": 1}.get(background, 2)))
+    return Facts(things, maybe(WALLS[1:]), background, tints, maybe(CAMERAS[1:]))
+
+
+def seeds(corpus: list[str], longest: int) -> collections.Counter:
+    """Parts of words with how often they occur. The trainer's own candidates leave out a word that is no part of another."""
+    words = collections.Counter(f"\u2581{word}" for line in corpus for word in re.findall(r"\w+", line))
+    parts = collections.Counter()
+    for word, count in words.items():
+        for start, stop in itertools.combinations(range(len(word) + 1), 2):
+            if stop - start <= longest:
+                parts[word[start:stop]] += count
+    return parts
+
+
+def train() -> bytes:
+    model, ours, others = io.BytesIO(), captions(), sentences()
+    parts = seeds(ours, longest=20) + seeds(others, longest=2)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".tsv") as file:
+        file.writelines(f"{part}\t{parts[part]}\n" for part in sorted(parts, key=lambda part: (-parts[part], part)))
+        file.flush()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(ours + others),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=512,
+            seed_sentencepieces_file=file.name,
+            byte_fallback=True,
+            required_chars="".join(sorted(set(string.printable) - set(string.whitespace))),
+            normalization_rule_name="identity",
+            pad_id=0,
+            eos_id=1,
+            bos_id=2,
+            unk_id=3,
+            num_threads=1,
+            minloglevel=2,
+        )
     return model.getvalue()
 
 
