@@ -6,12 +6,12 @@ import os
 import platform as host
 
 from lf_jax import attention, tokens
-from lf_jax.config import Config
-from pallas_kernels import platform, tuned
+from lf_jax.config import Config, check
+from pallas_kernels import platform, selection, tuned
 
 REQUIRED = (
-    "jax", "jaxlib", "flax", "einops", "jaxtyping", "numpy", "ml_dtypes", "safetensors", "orbax-checkpoint", "sentencepiece",
-    "ftfy", "av", "tyro", "rich",
+    "jax", "jaxlib", "flax", "einops", "jaxtyping", "numpy", "ml_dtypes", "safetensors", "optax", "orbax-checkpoint",
+    "sentencepiece", "ftfy", "av", "tyro", "rich",
 )  # fmt: skip
 OPTIONAL = {
     "torch": "lf-jax convert reads .pt and .pth files with it",
@@ -67,12 +67,27 @@ def operations(settings: Config) -> tuple[Operation, ...]:
     """The operations that have more than one implementation, and the convolutions, which have one."""
     policy, grid = settings.sparsity.policy, tokens.Grid.of(settings)
     kind = "dense" if settings.sparsity.dense else f"{policy}, blocks {grid.block_q}x{grid.block_k}"
-    named = settings.sparsity.implementation
+    sparse = settings.sparsity
+    choice = () if sparse.dense else (chosen("choice of blocks", selectors(settings, grid), sparse.selection),)
     return (
-        chosen(f"self-attention ({kind})", attention.implementations(settings), named),
+        chosen(f"self-attention ({kind})", attention.implementations(settings), sparse.implementation),
+        *choice,
         chosen("cross-attention", attention.dense_implementations(attention.queries(settings))),
         Operation("convolutions of the autoencoder", "xla", (f"the only one; {convolutions()}",)),
     )
+
+
+def selectors(settings: Config, grid: tokens.Grid) -> dict[str, str | None]:
+    """The implementations that the choice of blocks may use, like `attention.implementations`."""
+    slots = settings.cache.window or tokens.latent_frames(settings.video.num_frames, settings.vae.temporal_stride)
+    can = selection.explain(settings.model.head_dim, slots + settings.rollout.chunk_frames, grid.frame_blocks)
+    named = settings.sparsity.selection
+    if named is None:
+        return can
+    check(named in can, f"sparsity.selection={named!r} must be one of {', '.join(can)}, or None")
+    if can[named] is not None:
+        raise NotImplementedError(f"sparsity.selection={named!r}: {can[named]}")
+    return {named: None}
 
 
 def chosen(name: str, reasons: dict[str, str | None], named: str | None = None) -> Operation:
