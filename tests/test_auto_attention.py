@@ -161,3 +161,18 @@ def test_the_doctor_tells_what_was_measured(tmp_path, monkeypatch):
     tuned.file(kind).unlink()
     tuned.table.cache_clear()
     assert list(doctor.tuning(presets.load("self_forcing_1_3b"))) == ["configurations"], "dense attention selects nothing"
+
+
+def test_the_doctor_knows_who_chooses_blocks():
+    settings = presets.load("light_forcing_1_3b")
+
+    def operations(**fields):
+        sparse = dataclasses.replace(settings.sparsity, **fields)
+        return {op.name: op.choice for op in doctor.operations(dataclasses.replace(settings, sparsity=sparse))}
+
+    assert operations()["choice of blocks"] == operations(selection="xla")["choice of blocks"] == "xla"
+    assert "choice of blocks" not in operations(policy="dense")
+    with pytest.raises(ValueError, match="sparsity.selection='quantum' must be one of triton, xla, or None"):
+        operations(selection="quantum")
+    with pytest.raises(NotImplementedError, match="sparsity.selection='triton': needs an NVIDIA GPU"):
+        operations(selection="triton")
