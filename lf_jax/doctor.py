@@ -90,19 +90,6 @@ def selectors(settings: Config, grid: tokens.Grid) -> dict[str, str | None]:
     return {named: None}
 
 
-def selectors(settings: Config, grid: tokens.Grid) -> dict[str, str | None]:
-    """The implementations that the choice of blocks may use, like `attention.implementations`."""
-    slots = settings.cache.window or tokens.latent_frames(settings.video.num_frames, settings.vae.temporal_stride)
-    can = selection.explain(settings.model.head_dim, slots + settings.rollout.chunk_frames, grid.frame_blocks)
-    named = settings.sparsity.selection
-    if named is None:
-        return can
-    check(named in can, f"sparsity.selection={named!r} must be one of {', '.join(can)}, or None")
-    if can[named] is not None:
-        raise NotImplementedError(f"sparsity.selection={named!r}: {can[named]}")
-    return {named: None}
-
-
 def chosen(name: str, reasons: dict[str, str | None], named: str | None = None) -> Operation:
     """The first that can run, and why those before it cannot; or the one that the config names."""
     if named is not None:
