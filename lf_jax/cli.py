@@ -26,6 +26,7 @@ COMMANDS = {  # imported when called for: each brings its own part of the librar
     "convert": ("lf_jax.commands.checkpoints", "Convert"),
     "export": ("lf_jax.commands.checkpoints", "Export"),
     "parity": ("lf_jax.commands.parity", "Parity"),
+    "train": ("lf_jax.commands.train", "Train"),
     "plan": ("lf_jax.commands.plan", "Plan"),
     "doctor": ("lf_jax.commands.doctor", "Doctor"),
     "bench": ("lf_jax.commands.bench", "Bench"),
@@ -97,6 +98,8 @@ def parse(name: str, words: Sequence[str]):
     cli = functools.partial(tyro.cli, args=list(words), prog=f"lf-jax {name}", registry=_rules)
     if "settings" not in {field.name for field in dataclasses.fields(command)}:
         return cli(command)
+    if hasattr(command, "defaults"):  # its settings are more than a Config
+        return cli(functools.partial(command, settings=command.defaults(_option(words, "--config"))))
     base = _base_config(_option(words, "--config"), _option(words, "--model")) or Config()
     parsed = cli(functools.partial(command, settings=base))
     video, scale = parsed.settings.video, parsed.settings.rollout.guidance_scale

@@ -49,8 +49,8 @@ def flatten(module: Any) -> dict[str, Any]:
     return {_dotted(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(module)[0]}
 
 
-def build(module: nnx.Module, arrays: Mapping[str, Array]) -> nnx.Module:
-    """`module` with `arrays`, by dotted path, in place of its leaves."""
+def build(module: Any, arrays: Mapping[str, Any]) -> Any:
+    """`module`, or any pytree, with `arrays`, by dotted path, in place of its leaves."""
     paths, tree = jax.tree_util.tree_flatten_with_path(module)
     return jax.tree_util.tree_unflatten(tree, [arrays[_dotted(path)] for path, _ in paths])
 
