@@ -23,6 +23,7 @@ COMMANDS = {  # imported when called for: each brings its own part of the librar
     "sample": ("lf_jax.commands.sample", "Sample"),
     "stream": ("lf_jax.commands.stream", "Stream"),
     "encode": ("lf_jax.commands.encode", "Encode"),
+    "latents": ("lf_jax.commands.latents", "Latents"),
     "convert": ("lf_jax.commands.checkpoints", "Convert"),
     "export": ("lf_jax.commands.checkpoints", "Export"),
     "parity": ("lf_jax.commands.parity", "Parity"),

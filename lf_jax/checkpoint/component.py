@@ -256,13 +256,14 @@ def save_settings(folder: str | os.PathLike, settings: Config) -> None:
 
 
 def load_config(folder: str | os.PathLike) -> Config:
-    """The whole config of a converted folder that has a transformer.
+    """The whole config of a converted folder that has a transformer, or of one that has an autoencoder only.
 
-    Where the VAE or the text encoder is missing (latents, or saved embeddings, are enough for some work), its part is
-    the default one, with the widths that the transformer reads.
+    What is missing has its default part, with the widths that the others need: latents or saved embeddings are enough for
+    some work, and an autoencoder alone, as its training leaves it, encodes videos for others.
     """
     folder = pathlib.Path(folder)
-    model, present = load_part(folder, "dit"), components(folder)
+    present = components(folder)
+    model = Model(channels=load_part(folder, "vae").channels) if present == ("vae",) else load_part(folder, "dit")
     check((folder / "config.json").is_file(), f"{folder} has no config.json: convert its transformer again")
     text = _read_json(folder / "config.json")
     parts = {name: load_part(folder, name) for name in ("vae", "text") if name in present}
