@@ -1,0 +1,122 @@
+"""The autoencoder: pixels through a distribution over latents and back."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lf_jax import vae
+from lf_jax.arrays import Array, Float, Key
+from lf_jax.config import Config, check, dtype_of
+from lf_jax.train.objectives.objective import Load, Networks, differentiate, draw
+from lf_jax.vae.wan import WanVae, statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+    """Trains Wan's autoencoder on whole clips of 4n + 1 frames, "video" of the batch. The loss is the weighted sum of
+
+        l1, l2      mean |error|, mean error^2 of the pixels
+        temporal    mean |error| of the difference between a frame and the next: against flicker
+        edges       mean |error| of the differences between neighbouring pixels of a row and of a column: against blur, in
+                    place of a perceptual loss, which would need a pretrained network
+        kl          divergence of the latents' distribution from the unit normal, mean over the numbers of a latent
+
+    Latents are not normalised here: measure them afterwards (`latent_statistics`) and put the result into
+    `config.vae.mean` and `config.vae.std`.
+    """
+
+    l1: float = 1.0
+    l2: float = 0.0
+    temporal: float = 0.5
+    edges: float = 0.5
+    kl: float = 1e-5
+    remat: bool = False  # keep what lies between encoder and decoder only, and compute each again in the gradient
+
+    def __post_init__(self):
+        for name in ("l1", "l2", "temporal", "edges", "kl"):
+            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+
+    def build(self, config: Config, load: Load, key: Key[Array, ""]) -> Networks:
+        """
+        Raises:
+            ValueError: for another autoencoder than Wan's: the tiny one is distilled from it, and has no variances.
+        """
+        check(config.vae.kind == "wan", f"{config.vae.kind=} cannot be trained here: expected 'wan'")
+        return Networks({"model": {"vae": load("model", "vae") or draw(config.vae, key)}}, {})
+
+    def updates(self, step: int) -> tuple[str, ...]:
+        return ("model",)
+
+    def gradients(
+        self,
+        name: str,
+        trained: dict[str, Any],
+        frozen: dict[str, Any],
+        batch: dict[str, Array],
+        key: Key[Array, ""],
+        config: Config,
+    ) -> tuple[Any, dict[str, Array]]:
+        return differentiate(self.loss, trained[name], batch["video"], key)
+
+    def loss(
+        self, model: dict[str, Any], video: Float[Array, "b f p q 3"], key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        keep = jax.checkpoint if self.remat else lambda run: run
+        mean, log_variance = keep(posterior)(model["vae"], video)
+        latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        made = keep(reconstruct)(model["vae"], latents)
+        error = made - video.astype(jnp.float32)
+        terms = {
+            "l1": jnp.mean(jnp.abs(error)),
+            "l2": jnp.mean(jnp.square(error)),
+            "temporal": _mean_difference(error, axis=1),
+            "edges": _mean_difference(error, axis=2) + _mean_difference(error, axis=3),
+            "kl": 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance),
+        }
+        return sum(getattr(self, name) * term for name, term in terms.items()), terms
+
+
+def posterior(model: WanVae, video: Float[Array, "b f p q 3"]) -> tuple[Float[Array, "b g h w c"], Float[Array, "b g h w c"]]:
+    """Mean and logarithm of the variance of a clip's latents, not normalised, float32. The logarithm lies in [-30, 20]."""
+    x, _ = model.encoder(video.astype(dtype_of(model.config)), None)
+    mean, log_variance = jnp.split(model.quant(x).astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+
+def reconstruct(model: WanVae, latents: Float[Array, "b g h w c"]) -> Float[Array, "b f p q 3"]:
+    """The pixels of a clip's latents, float32 and not cut off at [-1, 1]: beyond it there would be no gradient back."""
+    video, _ = model.decoder(model.post_quant(latents.astype(dtype_of(model.config))), None)
+    return video.astype(jnp.float32)
+
+
+def latent_statistics(
+    model: vae.Vae, videos: Iterable[Float[Array, "b f p q 3"]]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of every latent channel over `videos`, for `config.vae.mean` and `config.vae.std`.
+
+    Raises:
+        ValueError: if there are no videos.
+    """
+    count, total, squares = 0, np.zeros(model.config.channels), np.zeros(model.config.channels)
+    for video in videos:
+        latents = np.asarray(_raw_latents(model, video), np.float64)
+        count += latents[..., 0].size
+        total += latents.sum((0, 1, 2, 3))
+        squares += np.square(latents).sum((0, 1, 2, 3))
+    check(count > 0, "videos are empty: expected at least one batch")
+    mean = total / count
+    return tuple(map(float, mean)), tuple(map(float, np.sqrt(squares / count - np.square(mean))))
+
+
+@jax.jit
+def _raw_latents(model: vae.Vae, video: Array) -> Float[Array, "b g h w c"]:
+    mean, std = statistics(model.config)
+    return vae.encode(model, video).astype(jnp.float32) * std + mean
+
+
+def _mean_difference(error: Float[Array, "b f p q 3"], axis: int) -> Float[Array, ""]:
+    return jnp.mean(jnp.abs(jnp.diff(error, axis=axis)))

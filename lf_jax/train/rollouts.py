@@ -1,0 +1,232 @@
+"""Videos chunk by chunk, for gradients: a given video in one causal pass, and one of the network's own.
+
+    causal_pass     the velocities of a noisy video whose past is given too; an ordinary differentiable function
+    self_rollout    Self-Forcing's training rollout: every chunk is denoised up to a random exit step
+    exit_gradient   the gradient of such a rollout
+
+Self-Forcing truncates the gradient of a rollout: in every chunk only the exit step has one, and what that step reads, its
+noisy input and the cache, counts as constant. So nothing ties the chunks' gradients together, and the rollout's is made in
+three phases, with the memory of one chunk instead of that of a video: `self_rollout` runs without gradient and keeps the
+noisy inputs, the caller's loss gives the derivative by the latents, and `exit_gradient` goes through the chunks again, each
+with a gradient of its own. It equals differentiating the loss in one piece.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lf_jax import cache as kv
+from lf_jax import flow, solvers
+from lf_jax import noise as seeded
+from lf_jax.arrays import Array, Float, Int, Key
+from lf_jax.cache import ChunkKV, KVCache
+from lf_jax.config import Config, check
+from lf_jax.dit.model import TextCache, WanDiT, forward, text_cache
+from lf_jax.rollout import RolloutState, as_context, branches, commit_chunk, initial_state
+from lf_jax.sparsity import Budget
+from lf_jax.tokens import Grid, chunk_lengths
+
+
+class SelfRollout(NamedTuple):
+    """A video of the network's own. Both [b, f, h, w, c], float32."""
+
+    inputs: Array  # what the exit step of every chunk started from
+    latents: Array  # x0 as predicted there
+
+
+def causal_pass(
+    model: WanDiT,
+    prompt: Float[Array, "b n text_dim"],
+    x: Float[Array, "b f h w c"],
+    timestep: Float[Array, "b f"],
+    keys: Key[Array, " b"],
+    config: Config,
+    context: Float[Array, "b f h w c"] | None = None,
+    through_cache: bool = True,
+    remat: bool = False,
+) -> Float[Array, "b f h w c"]:
+    """The velocity of every chunk of `x`, reading the chunks before it: block-causal attention, by way of the cache.
+
+    Differentiating it keeps one cache a chunk.
+
+    Args:
+        timestep: one a frame, the same within a chunk.
+        keys: one a video, of the noise that `rollout.context_noise` puts on the context.
+        context: clean frames, cached as `rollout` caches finished chunks (teacher forcing). None: the keys and values of
+            `x` itself are cached, noisy as it is, which saves the second pass.
+        through_cache: whether a chunk's gradient reaches what it reads of the chunks before it.
+        remat: as in `dit.forward`.
+    """
+    lengths, state, text = *_begin(config, keys, x.shape[1]), text_cache(model, prompt)
+
+    def chunk(cache: KVCache, index: Array, frames: tuple[Array, Array, Array | None]) -> tuple[KVCache, Array]:
+        noisy, times, clean = frames
+        past = cache if through_cache else jax.lax.stop_gradient(cache)
+        velocity, new = _network(model, text, noisy, times, past, _budget(state, index), config, remat)
+        if clean is not None:
+            clean, times = as_context(clean, keys, index, config, None), jnp.full_like(times, config.rollout.context_timestep)
+            _, new = _network(model, text, clean, times, past, _budget(state, index), config, remat)
+        return kv.append(cache, new, noisy.shape[1], config.rollout.chunk_frames), velocity
+
+    return _over_chunks(chunk, state.cache, lengths, (x, timestep, context))[1]
+
+
+def self_rollout(
+    model: WanDiT,
+    prompt: Float[Array, "b n text_dim"],
+    keys: Key[Array, " b"],
+    exits: Int[Array, " chunk"],
+    config: Config,
+    frames: int,
+) -> SelfRollout:
+    """Generates `frames` latent frames, leaving the denoising of every chunk at its exit step (Self-Forcing, algorithm 1).
+
+    With every exit at the last step this is what `lf_jax.rollout.rollout` generates from the same keys. Not differentiable:
+    see `exit_gradient`.
+
+    Args:
+        keys: of all noise, one a video.
+        exits: the step, from 0, whose prediction is the chunk.
+
+    Raises:
+        ValueError: if `config.rollout` is not a few-step sampler's, or `frames` does not split into chunks.
+    """
+    check(config.rollout.sampler == "few_step", f"{config.rollout.sampler=} has no exit steps: expected 'few_step'")
+    lengths, state, text = *_begin(config, keys, frames), text_cache(model, prompt)
+    schedule = solvers.schedule(config.rollout)
+
+    def chunk(cache: KVCache, index: Array, noise: Array) -> tuple[KVCache, tuple[Array, Array]]:
+        def step(number: Array, x: Array) -> Array:
+            at = _row(schedule, number)
+            times = jnp.broadcast_to(at.timestep, x.shape[:2])
+            velocity, _ = _network(model, text, x, times, cache, _budget(state, index), config)
+            fresh = seeded.step_noise(keys, index, number, x.shape[1:])
+            return solvers.step(at, x, velocity, solvers.forget(x), fresh)[0]
+
+        x = jax.lax.fori_loop(0, exits[index], step, noise)
+        latents = _exit(model, text, x, cache, _budget(state, index), _row(schedule, exits[index]), config)
+        return _commit(model, text, latents, cache, state, index, config), (x, latents)
+
+    noise = seeded.video_noise(keys, 0, lengths, latent_shape(config))
+    return SelfRollout(*_over_chunks(chunk, state.cache, lengths, noise)[1])
+
+
+def exit_gradient(
+    model: WanDiT,
+    prompt: Float[Array, "b n text_dim"],
+    inputs: Float[Array, "b f h w c"],
+    derivative: Float[Array, "b f h w c"],
+    keys: Key[Array, " b"],
+    exits: Int[Array, " chunk"],
+    config: Config,
+    remat: bool = False,
+) -> WanDiT:
+    """The gradient of a loss of `self_rollout(...).latents` with respect to `model`, in float32.
+
+    Args:
+        inputs: of the rollout.
+        derivative: of the loss, by its latents.
+        keys, exits: as given to the rollout.
+        remat: as in `dit.forward`.
+    """
+    lengths, state, text = *_begin(config, keys, inputs.shape[1]), text_cache(model, prompt)
+    schedule = solvers.schedule(config.rollout)
+
+    def chunk(carry: tuple[KVCache, WanDiT], index: Array, frames: tuple[Array, Array]) -> tuple[tuple[KVCache, WanDiT], None]:
+        (cache, total), (x, by_latents) = carry, frames
+
+        def of(model: WanDiT) -> Array:
+            at, text = _row(schedule, exits[index]), text_cache(model, prompt)
+            return _exit(model, text, x, cache, _budget(state, index), at, config, remat)
+
+        latents, pull = jax.vjp(of, model)
+        total = jax.tree.map(jnp.add, total, *pull(by_latents))
+        return (_commit(model, text, latents, cache, state, index, config), total), None
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model)
+    return _over_chunks(chunk, (state.cache, zeros), lengths, (inputs, derivative))[0][1]
+
+
+def latent_shape(config: Config) -> tuple[int, int, int]:
+    """Height, width and channels of a latent frame."""
+    stride = config.vae.spatial_stride
+    return config.video.height // stride, config.video.width // stride, config.model.channels
+
+
+def _begin(config: Config, keys: Array, frames: int) -> tuple[tuple[int, ...], RolloutState]:
+    check(branches(config) == 1, f"{config.rollout.guidance_scale=} is for sampling: networks are trained at 1")
+    settings = config.rollout
+    lengths = chunk_lengths(frames, settings.chunk_frames, settings.independent_first_frame)
+    return lengths, initial_state(config, keys.shape[0], frames, keys)
+
+
+def _network(
+    model: WanDiT,
+    text: TextCache,
+    x: Array,
+    timestep: Array,
+    cache: KVCache,
+    budget: Budget | None,
+    config: Config,
+    remat: bool = False,
+) -> tuple[Array, ChunkKV]:
+    return forward(model, x, timestep, text, cache, budget, Grid.of(config), config.sparsity, remat)
+
+
+def _exit(
+    model: WanDiT,
+    text: TextCache,
+    x: Array,
+    cache: KVCache,
+    budget: Budget | None,
+    at: solvers.Schedule,
+    config: Config,
+    remat: bool = False,
+) -> Array:
+    """x0 as predicted at one step of the schedule."""
+    velocity, _ = _network(model, text, x, jnp.broadcast_to(at.timestep, x.shape[:2]), cache, budget, config, remat)
+    return flow.velocity_to_x0(x, velocity, at.sigma)
+
+
+def _commit(
+    model: WanDiT, text: TextCache, latents: Array, cache: KVCache, state: RolloutState, index: Array, config: Config
+) -> KVCache:
+    context = as_context(latents, state.keys, index, config, None)
+    return commit_chunk(model, text, context, cache, _budget(state, index), config, config.rollout.context_timestep)
+
+
+def _budget(state: RolloutState, index: Array) -> Budget | None:
+    return None if state.budgets is None else dataclasses.replace(state.budgets, blocks=state.budgets.blocks[index])
+
+
+def _row(schedule: solvers.Schedule, number: Array) -> solvers.Schedule:
+    return jax.tree.map(lambda column: column[number], schedule)
+
+
+def _over_chunks(chunk: Callable, carry: Any, lengths: tuple[int, ...], frames: Any) -> tuple[Any, Any]:
+    """Runs `chunk(carry, index, frames of the chunk) -> (carry, result)` over a pytree of [b, f, ...]; joins the results.
+
+    One scan, after a first chunk of another length.
+    """
+    done = 1 if lengths[0] != lengths[-1] else 0
+    results = []
+    if done:
+        carry, result = chunk(carry, jnp.int32(0), jax.tree.map(lambda leaf: leaf[:, : lengths[0]], frames))
+        results.append(result)
+
+    def stack(leaf: Array) -> Array:
+        rest = leaf[:, done * lengths[0] :]
+        return jnp.moveaxis(rest.reshape(rest.shape[0], -1, lengths[-1], *rest.shape[2:]), 1, 0)
+
+    def join(leaf: Array) -> Array:
+        merged = jnp.moveaxis(leaf, 0, 1)
+        return merged.reshape(merged.shape[0], -1, *merged.shape[3:])
+
+    numbers = jnp.arange(done, len(lengths), dtype=np.int32)
+    carry, stacked = jax.lax.scan(lambda c, xs: chunk(c, *xs), carry, (numbers, jax.tree.map(stack, frames)))
+    results.append(jax.tree.map(join, stacked))
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *results)
