@@ -5,6 +5,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.block_sparse.types import BlockMap, Past
@@ -64,7 +65,8 @@ def _backward(kernels: Kernels, kept, given):
     dq, dk, dv, layer = kernels.backward(*arguments, dout, dlse, asked is not None)
     dpast = None
     if layer is not None:
-        dpast = Past(*(jnp.zeros_like(past.k).at[past.layer].set(gradient) for gradient in layer), None)
+        whole = (lax.dynamic_update_index_in_dim(jnp.zeros_like(past.k), one, past.layer, 0) for one in layer)
+        dpast = Past(*whole, None)
     return dq, dk, dv, dpast, None
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import platform, tuned
 from pallas_kernels.block_sparse.differentiable import attend
-from pallas_kernels.block_sparse.hopper_common import LOG2E, ROWS, Config
+from pallas_kernels.block_sparse.hopper_common import Config, aligned
 from pallas_kernels.block_sparse.hopper_forward import forward
 from pallas_kernels.block_sparse.hopper_keys import keys
 from pallas_kernels.block_sparse.hopper_queries import queries
@@ -85,14 +85,10 @@ class Hopper:
         return forward(q, k, v, blocks, past, **self._settings(self.config))
 
     def backward(self, q, k, v, blocks, past, out, lse, dout, dlse, past_gradient):
-        padded = -(-q.shape[1] // (2 * ROWS)) * 2 * ROWS
         delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
-        # Kept apart: XLA's one fusion of this sum and the stacking below took 55 us on an H200, a tenth of the gradients.
-        delta = jax.lax.optimization_barrier(delta)
-        # Of the padding and of rows that attend to nothing (lse -inf) the products are zero and 2**-0 is finite.
-        stats = jnp.stack([jnp.where(lse == -jnp.inf, 0, lse * LOG2E), delta], axis=2)
-        stats = jnp.pad(stats, ((0, 0), (0, 0), (0, 0), (0, padded - q.shape[1])))
-        products = (q, dout, stats, k, v, past, blocks)
+        # No kernel reads the padding, nor the rows of an empty list (lse -inf), into anything but a product with zero.
+        lse, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, aligned(x.shape[2]) - x.shape[2]))) for x in (lse, delta))
+        products = (q, dout, lse, delta, k, v, past, blocks)
         settings = self._settings(self.backward_config)
         dq = queries(*products, **settings)
         dk, dv, layer = keys(*products, past_gradient=past_gradient, **settings)

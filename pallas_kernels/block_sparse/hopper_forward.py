@@ -20,9 +20,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse.hopper_common import LOG2E, ROW, ROWS, SWIZZLED, Config, across, dot, kernel, zeros
+from pallas_kernels.block_sparse.hopper_common import LOG2E, ROW, ROWS, SWIZZLED, Config, across, aligned, dot, kernel, zeros
+from pallas_kernels.block_sparse.hopper_join import join
 from pallas_kernels.block_sparse.hopper_walk import QUERIES, Walk
 from pallas_kernels.block_sparse.types import BlockMap, Past
+
+LOWEST = -1e30  # below every logit, but a number: of a tile of dead keys, -inf would make the weights NaN
 
 
 def forward(
@@ -51,10 +54,12 @@ def forward(
         def consumer():
             plgpu.set_max_registers(232, action="increase")
             stream = wg if walk.streams == 2 else 0
-            stretch = walk.stretch(item, stream, count_g)
-            n, slot = stretch.n, functools.partial(walk.slot, stream)
             mine, my_part = pl.ds(item.at * QUERIES + wg * ROWS, ROWS), pl.ds(wg * ROWS, ROWS)
             qs = q_s.at[wg]
+            plgpu.copy_gmem_to_smem(q_g.at[item.b, mine, item.h], qs, q_full.at[wg])
+            stretch = walk.stretch(item, stream, count_g)
+            n, slot = stretch.n, functools.partial(walk.slot, stream)
+            clean = walk.clean(item, stretch, whole_g, least=1)
 
             def my_turn():
                 if walk.streams == 1:  # streams differ in length, so their consumers cannot take turns
@@ -79,14 +84,14 @@ def forward(
                     plgpu.copy_smem_to_gmem(qs, part_g.at[item.number, my_part])
                     plgpu.copy_smem_to_gmem(lse_s.at[wg], part_lse_g.at[item.number, my_part])
 
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             def row(value):
                 filled = jnp.full((ROWS,), value, jnp.float32)
                 return filled if interpreted else plgpu.layout_cast(filled, ROW)
 
-            def masked(s, i):
-                return walk.masked(s, i, item, stretch, index_g)
+            def ends(i):
+                return walk.ends(i, item, stretch, index_g)
 
             def softmax(s, m, z):
                 """New row maximum (base 2), row sum, factor of what is summed already, and weights."""
@@ -117,10 +122,11 @@ def forward(
                 plgpu.barrier_arrive(v_free.at[before])
                 return acc
 
-            def step(i, carry, mask):
+            def step(i, carry, masked):
                 """Scores of tile i beside the values of tile i - 1."""
                 acc, m, z, p16 = carry
                 now, before = slot(i), slot(i - 1)
+                mask = functools.partial(walk.masked, ends=ends(i)) if masked else lambda s: s
                 plgpu.barrier_wait(k_full.at[now])
                 my_turn()
                 if interpreted:
@@ -130,7 +136,7 @@ def forward(
                     plgpu.commit_smem()
                     your_turn()
                     plgpu.barrier_arrive(k_free.at[now])
-                    m, z, alpha, p = softmax(mask(s, i), m, z)
+                    m, z, alpha, p = softmax(mask(s), m, z)
                 else:
 
                     def products(refs):
@@ -144,7 +150,7 @@ def forward(
                             s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                             plgpu.barrier_arrive(k_free.at[now])
                             # Pinned here, or the compiler sinks the exponentials below the wait for the values.
-                            new = lax.optimization_barrier(softmax(mask(s, i), m, z))
+                            new = lax.optimization_barrier(softmax(mask(s), m, z))
                             for ref, value in zip(new_refs, new, strict=True):
                                 ref[...] = value
 
@@ -157,29 +163,30 @@ def forward(
                 # Rounded after the wait: rounded earlier, every product would be serialised.
                 return acc * across(alpha, acc.shape, 0), m, z, p.astype(dtype)
 
+            plgpu.barrier_wait(q_full.at[wg])
+
             @pl.when(n == 0)
             def _():
                 store(zeros((ROWS, D), config), row(-jnp.inf))
 
             @pl.when(n > 0)
             def attend():
-                plgpu.copy_gmem_to_smem(q_g.at[item.b, mine, item.h], qs, q_full.at[wg])
-                plgpu.barrier_wait(q_full.at[wg])
+                first = ends(0)
                 if walk.streams == 1:
                     pl.when(wg == 1)(lambda: plgpu.barrier_wait(turn.at[1]))  # the first warpgroup goes first
                 plgpu.barrier_wait(k_full.at[slot(0)])
                 s = first_scores()
                 plgpu.barrier_arrive(k_free.at[slot(0)])
                 your_turn()
-                m, z, _, p = softmax(masked(s, 0), row(-jnp.inf), row(0))
+                m, z, _, p = softmax(walk.masked(s, first), row(LOWEST), row(0))
                 carry = (zeros((ROWS, D), config), m, z, p.astype(dtype))
-                clean = walk.clean(item, stretch, whole_g, least=1)
-                carry = lax.fori_loop(1, clean, lambda i, c: step(i, c, lambda s, _: s), carry)
-                acc, m, z, p16 = lax.fori_loop(clean, n, lambda i, c: step(i, c, masked), carry)
+                carry = lax.fori_loop(1, clean, functools.partial(step, masked=False), carry)
+                acc, m, z, p16 = lax.fori_loop(clean, n, functools.partial(step, masked=True), carry)
                 acc = last_values(acc, p16, slot(n - 1))
                 if walk.streams == 1:
                     pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))  # nobody may arrive unseen
-                store(acc * across(1 / z, acc.shape, 0), m * (1 / LOG2E) + jnp.log(z))
+                inverse = 1 / jnp.maximum(z, 1 / -LOWEST)  # a part may have dead keys only: z is 0, and what it sums
+                store(acc * across(inverse, acc.shape, 0), m * (1 / LOG2E) + jnp.log(z))
 
         @pl.when(wg == 2)
         def producer():
@@ -190,9 +197,10 @@ def forward(
     out, lse, part, part_lse = kernel(
         body,
         config,
+        grid=walk.grid,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, dtype),
-            jax.ShapeDtypeStruct((walk.batch, walk.heads, walk.tiles * QUERIES), jnp.float32),
+            jax.ShapeDtypeStruct((walk.batch, walk.heads, aligned(walk.tq)), jnp.float32),
             jax.ShapeDtypeStruct((cut_items, QUERIES, D), dtype),
             jax.ShapeDtypeStruct((cut_items, QUERIES), jnp.float32),
         ),
@@ -200,22 +208,6 @@ def forward(
             *(plgpu.SMEM((2, ROWS, D), dtype, transforms=SWIZZLED), plgpu.SMEM((2, ROWS), jnp.float32), pairs, pairs),
             *walk.scratch(),
         ],
-        **walk.grid,
     )(q, *walk.arrays)
-    lse = lse[:, :, : walk.tq]
-    if walk.cut_heads:
-        shape = (walk.cut_heads, walk.tiles, walk.parts, QUERIES)
-        joined, total = join(part.reshape(*shape, D), part_lse.reshape(shape))
-        out = walk.put_back(out, joined)
-        lse = walk.put_back(lse.swapaxes(1, 2), total).swapaxes(1, 2)
-    return out, lse
-
-
-def join(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Parts of one softmax, [n, tile, part, row(, e)], as one. Written part by part so that XLA makes it one kernel."""
-    lses = [lse[:, :, i] for i in range(lse.shape[2])]
-    peak = functools.reduce(jnp.maximum, lses)
-    weights = [jnp.where(peak == -jnp.inf, 0, jnp.exp(part - peak)) for part in lses]
-    total = sum(weights)
-    mean = sum(w[..., None] * out[:, :, i].astype(jnp.float32) for i, w in enumerate(weights))
-    return mean / jnp.where(total == 0, 1, total)[..., None], peak + jnp.log(total)
+    out, lse = join(walk, (out, lse), (part, part_lse))
+    return out, lse[:, :, : walk.tq]

@@ -3,13 +3,14 @@
 The scores are made transposed, keys down and queries across. So p^T and ds^T come out of the tensor cores in the registers
 where the next products take their left operand, and never pass through shared memory.
 
-Lists of keys differ in length by far more than lists of queries, so the kernel is persistent: items sorted by length are
-dealt out to and fro over all consumer warpgroups of the GPU, each of which runs its items on its own, with its own
-copies. While one of a multiprocessor's pair stores a result and waits for its next keys, the other computes.
+Lists of keys differ in length by far more than lists of queries, so the kernel is persistent: items, the longest of all
+heads first, are dealt out to and fro over all consumer warpgroups of the GPU, each of which runs its items on its own, with
+its own copies. While one of a multiprocessor's pair stores a result and waits for its next keys, the other computes.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -25,51 +26,51 @@ from pallas_kernels.block_sparse.hopper_common import (
     iota,
     kernel,
     live,
+    load,
     stacked,
-    vector,
     zeros,
 )
 
 
-def keys(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, past_gradient, config):
-    """(dk, dv, (dk, dv of the past's layer) or None). stats [b, head, 2, tq padded to 128]: lse in base 2, delta."""
+def keys(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, past_gradient, config):
+    """(dk, dv, (dk, dv of the past's layer) or None). lse, delta: [b, head, tq, aligned]."""
     B, tq, H, D = q.shape
     dtype, S, block_q, block_k = q.dtype, config.key_stages, blocks.block_q, blocks.block_k
     interp = config.interpret is not None
     subs = block_q // ROWS  # tiles of queries to a list entry
     group = max(ROWS // block_k, 1)  # key blocks that share a tile of keys: their lists are merged
     sharers = max(block_k // ROWS, 1)  # tiles of keys that share a list
-    past_k, past_v, rows, slots = stacked(past, k, v)
-    old_lists = slots // block_k if past_gradient else 0
-    index, count = lists.transpose(blocks, slots // block_k, k.shape[1] // block_k, group)
-    if past_gradient:
-        old_index, old_count = lists.transpose(blocks, 0, old_lists, group)
-        index, count = jnp.concatenate([old_index, index], axis=2), jnp.concatenate([old_count, count], axis=2)
-    old_tiles = -(-slots // ROWS) if past_gradient else 0
-    tiles = index.shape[2] * sharers
+    past_k, past_v, layer, slots = stacked(past, k, v)
 
-    # Longest first, dealt to and fro: (tile of keys, entries of its list).
-    items = B * H * tiles
-    lengths = jnp.repeat(count, sharers, axis=2).reshape(items)
-    key = jnp.sort((index.shape[3] - lengths) * items + jnp.arange(items, dtype=jnp.int32))  # one array to sort, not two
-    work = jnp.stack([key % items, index.shape[3] - key // items], axis=1)
+    def grouped(first, number):
+        """The key blocks that share a tile; none for what the last tile has too many."""
+        return np.pad(first + np.arange(number), (0, -number % group), constant_values=-1).reshape(-1, group)
+
+    old, new = slots // block_k if past_gradient else 0, k.shape[1] // block_k
+    index, count = lists.transpose(blocks, np.concatenate([grouped(0, old), grouped(slots // block_k, new)]))
+    n, entries = index.shape[2:]
+    work = lists.longest_first(count, entries)
+    old_tiles = -(-slots // ROWS) if past_gradient else 0
+    items = B * H * n * sharers
     workers = 2 * config.multiprocessors
     rounds = -(-items // workers)
 
-    def body(q_g, do_g, stats_g, k_g, v_g, pk_g, pv_g, rows_g, index_g, work_g, dk_g, dv_g, dpk_g, dpv_g,
+    def body(q_g, do_g, lse_g, delta_g, k_g, v_g, pk_g, pv_g, layer_g, index_g, work_g, dk_g, dv_g, dpk_g, dpv_g,
              k_s, v_s, q_s, do_s, stats_s, kv_full, kv_free, full, free):  # fmt: skip
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
 
         def item(r, worker):
-            """Whether there is one, its batch row, head and tile of keys, its list and the tiles of queries in it."""
+            """Its batch row, head and tile of keys, its list and the tiles of queries in it; none for no item."""
             turn = lax.select(lax.rem(r, 2) == 0, worker, workers - 1 - worker)
             at = r * workers + turn
             exists = at < items
             at = lax.min(at, items - 1)
-            number, entries = work_g[at, 0], work_g[at, 1]
-            head, j = lax.div(number, tiles), lax.rem(number, tiles)
+            rank = lax.div(at, B * H)
+            head = lax.rem(at + rank, B * H)  # turned from rank to rank, or a worker would always meet the same heads
             b, h = lax.div(head, H), lax.rem(head, H)
-            return exists, b, h, j, lax.div(j, sharers), lax.select(exists, entries * subs, 0)
+            code = work_g[b, h, lax.div(rank, sharers)]
+            line, length = lax.div(code, entries + 1), lax.rem(code, entries + 1)
+            return exists, b, h, line * sharers + lax.rem(rank, sharers), line, lax.select(exists, length * subs, 0)
 
         def in_source(j):
             """The tile's number within the past or the chunk."""
@@ -140,13 +141,13 @@ def keys(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, past_gradie
                     plgpu.barrier_wait(full.at[now])
 
                     def stat(c):
-                        return across(vector(stats_s.at[now, c], COLUMN), (ROWS, ROWS), 1)
+                        return across(load(stats_s.at[now, c], COLUMN), (ROWS, ROWS), 1)
 
                     def weight(s):
                         s = s * (scale * LOG2E)
                         if group > 1:
                             s = members(s, index_g[b, h, line, lax.div(i, subs)])
-                        return jnp.exp2(s - stat(0))
+                        return jnp.exp2(s - stat(0) * LOG2E)
 
                     def slope(p, dp):
                         return (p * (dp - stat(1))).astype(dtype)
@@ -197,7 +198,7 @@ def keys(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, past_gradie
                 def one(r, base):
                     _, b, h, j, line, n = item(r, cta * 2 + stream)
 
-                    @pl.when((n > 0) & (r > 0))  # whatever follows an empty list is empty
+                    @pl.when((n > 0) & (base > 0))  # the first to have any finds them free
                     def _():
                         plgpu.barrier_wait(kv_free.at[stream])
 
@@ -209,7 +210,7 @@ def keys(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, past_gradie
                             plgpu.copy_gmem_to_smem(from_k.at[row, here, h], k_s.at[stream], kv_full.at[stream])
                             plgpu.copy_gmem_to_smem(from_v.at[row, here, h], v_s.at[stream], kv_full.at[stream])
 
-                        either(j, lambda: get(pk_g, pv_g, rows_g[b]), lambda: get(k_g, v_g, b))
+                        either(j, lambda: get(pk_g, pv_g, layer_g[0] * B + b), lambda: get(k_g, v_g, b))
 
                     @pl.loop(0, n)
                     def _(i):
@@ -224,7 +225,8 @@ def keys(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, past_gradie
 
                         plgpu.copy_gmem_to_smem(q_g.at[b, these, h], q_s.at[s], full.at[s])
                         plgpu.copy_gmem_to_smem(do_g.at[b, these, h], do_s.at[s], full.at[s])
-                        plgpu.copy_gmem_to_smem(stats_g.at[b, h, :, these], stats_s.at[s], full.at[s])
+                        for c, array in enumerate((lse_g, delta_g)):
+                            plgpu.copy_gmem_to_smem(array.at[b, h, these], stats_s.at[s, c], full.at[s])
 
                     return base + n
 
@@ -245,17 +247,16 @@ def keys(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, past_gradie
 
     held = plgpu.SMEM((2, ROWS, D), dtype, transforms=SWIZZLED)
     moving = plgpu.SMEM((2 * S, ROWS, D), dtype, transforms=SWIZZLED)
-    old = jax.ShapeDtypeStruct((B, slots, H, D) if past_gradient else (1, ROWS, H, D), dtype)
+    old_type = jax.ShapeDtypeStruct((B, slots, H, D) if past_gradient else (1, ROWS, H, D), dtype)
     dk, dv, dpk, dpv = kernel(
         body,
         config,
-        out_type=(jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(k.shape, dtype), old, old),
-        grid=(config.multiprocessors,),
-        grid_names=("cta",),
+        grid={"cta": config.multiprocessors},
+        out_type=(jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(k.shape, dtype), old_type, old_type),
         scratch_types=[
             *(held, held, moving, moving, plgpu.SMEM((2 * S, 2, ROWS), jnp.float32)),
             *(plgpu.Barrier(num_barriers=2, num_arrivals=2), plgpu.Barrier(num_barriers=2)),
-            *(plgpu.Barrier(num_barriers=2 * S, num_arrivals=3), plgpu.Barrier(num_barriers=2 * S)),
+            *(plgpu.Barrier(num_barriers=2 * S, num_arrivals=4), plgpu.Barrier(num_barriers=2 * S)),
         ],
-    )(q, dout, stats, k, v, past_k, past_v, rows, index, work)
+    )(q, dout, lse, delta, k, v, past_k, past_v, layer, index, work)
     return dk, dv, (dpk, dpv) if past_gradient else None

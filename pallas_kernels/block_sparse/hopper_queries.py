@@ -1,21 +1,24 @@
 """Gradient of the queries for Hopper: see `hopper.py`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse.hopper_common import LOG2E, ROW, ROWS, SWIZZLED, across, dot, kernel, vector, zeros
+from pallas_kernels.block_sparse.hopper_common import LOG2E, ROW, ROWS, SWIZZLED, across, dot, kernel, load, zeros
+from pallas_kernels.block_sparse.hopper_join import join
 from pallas_kernels.block_sparse.hopper_walk import QUERIES, Walk
 
 
-def queries(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, config):
-    """dq [b, tq, head, e]. stats [b, head, 2, tq padded to 128]: lse in base 2, delta."""
+def queries(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, config):
+    """dq [b, tq, head, e]. lse, delta: [b, head, tq, aligned]."""
     walk = Walk(q, k, v, blocks, past, frame_tokens, config)
     D, dtype, tile, interpreted = walk.e, q.dtype, walk.tile, config.interpret is not None
 
-    def body(q_g, do_g, stats_g, *refs):
+    def body(q_g, do_g, lse_g, delta_g, *refs):
         arrays, (dq_g, part_g, q_s, do_s, stats_s, q_full, *moving) = refs[:8], refs[8:]
         *_, index_g, count_g, whole_g = arrays
         k_s, v_s, k_full, v_full, k_free, v_free = moving
@@ -25,9 +28,14 @@ def queries(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, config):
         def consumer():
             plgpu.set_max_registers(240, action="increase")
             stream = wg if walk.streams == 2 else 0
-            stretch = walk.stretch(item, stream, count_g)
             mine = pl.ds(item.at * QUERIES + wg * ROWS, ROWS)
             qs, dos = q_s.at[wg], do_s.at[wg]
+            for array, held in ((q_g, qs), (do_g, dos)):
+                plgpu.copy_gmem_to_smem(array.at[item.b, mine, item.h], held, q_full.at[wg])
+            for i, array in enumerate((lse_g, delta_g)):
+                plgpu.copy_gmem_to_smem(array.at[item.b, item.h, mine], stats_s.at[wg, i], q_full.at[wg])
+            stretch = walk.stretch(item, stream, count_g)
+            clean = walk.clean(item, stretch, whole_g, least=0)
 
             def store(dq):
                 @pl.when(item.cut)
@@ -39,7 +47,9 @@ def queries(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, config):
                     qs[...] = dq.astype(dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(qs, dq_g.at[item.b, mine, item.h])
-                    plgpu.wait_smem_to_gmem(0)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            plgpu.barrier_wait(q_full.at[wg])
 
             @pl.when(stretch.n == 0)
             def _():
@@ -47,21 +57,17 @@ def queries(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, config):
 
             @pl.when(stretch.n > 0)
             def differentiate():
-                plgpu.copy_gmem_to_smem(q_g.at[item.b, mine, item.h], qs, q_full.at[wg])
-                plgpu.copy_gmem_to_smem(do_g.at[item.b, mine, item.h], dos, q_full.at[wg])
-                plgpu.copy_gmem_to_smem(stats_g.at[item.b, item.h, :, mine], stats_s.at[wg], q_full.at[wg])
-                plgpu.barrier_wait(q_full.at[wg])
-                lse, delta = (vector(stats_s.at[wg, i], ROW) for i in (0, 1))
+                lse, delta = (load(stats_s.at[wg, i], ROW) for i in (0, 1))
+                lse = lse * LOG2E
 
-                def masked(s, i):
-                    return walk.masked(s, i, item, stretch, index_g)
-
-                def step(i, dq, mask):
+                def step(i, dq, masked):
                     now = walk.slot(stream, i)
+                    ends = walk.ends(i, item, stretch, index_g) if masked else None
                     plgpu.barrier_wait(k_full.at[now])
 
                     def weight(s):
-                        return jnp.exp2(mask(s * (scale * LOG2E), i) - across(lse, s.shape, 0))
+                        s = s * (scale * LOG2E)
+                        return jnp.exp2((walk.masked(s, ends) if masked else s) - across(lse, s.shape, 0))
 
                     def slope(p, dp):
                         return (p * (dp - across(delta, p.shape, 0))).astype(dtype)
@@ -93,9 +99,8 @@ def queries(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, config):
                     plgpu.barrier_arrive(k_free.at[now])
                     return dq
 
-                clean = walk.clean(item, stretch, whole_g, least=0)
-                dq = lax.fori_loop(0, clean, lambda i, c: step(i, c, lambda s, _: s), zeros((ROWS, D), config))
-                dq = lax.fori_loop(clean, stretch.n, lambda i, c: step(i, c, masked), dq)
+                dq = lax.fori_loop(0, clean, functools.partial(step, masked=False), zeros((ROWS, D), config))
+                dq = lax.fori_loop(clean, stretch.n, functools.partial(step, masked=True), dq)
                 store(dq * scale)
 
         @pl.when(wg == 2)
@@ -107,16 +112,14 @@ def queries(q, dout, stats, k, v, past, blocks, *, scale, frame_tokens, config):
     dq, part = kernel(
         body,
         config,
+        grid=walk.grid,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, dtype),
             jax.ShapeDtypeStruct((max(walk.cut_items, 1), QUERIES, D), jnp.float32),
         ),
         scratch_types=[
-            *(held, held, plgpu.SMEM((2, 2, ROWS), jnp.float32), plgpu.Barrier(num_barriers=2, num_arrivals=3)),
+            *(held, held, plgpu.SMEM((2, 2, ROWS), jnp.float32), plgpu.Barrier(num_barriers=2, num_arrivals=4)),
             *walk.scratch(),
         ],
-        **walk.grid,
-    )(q, dout, stats, *walk.arrays)
-    if walk.cut_heads:
-        dq = walk.put_back(dq, part.reshape(walk.cut_heads, walk.tiles, walk.parts, QUERIES, D).sum(axis=2))
-    return dq
+    )(q, dout, lse, delta, *walk.arrays)
+    return join(walk, (dq,), (part,))[0]

@@ -5,10 +5,11 @@ blocks of 64 have a *stream* of their own for each warpgroup, in tiles of 64 key
 list entries where key blocks are smaller than a tile, a part of one where they are larger.
 
 Thread blocks take items. The last wave of them rarely fills the GPU, so the heads that reach into it are cut along their
-lists into `parts`, each an item of its own.
+lists into `parts`, each an item of its own, and joined afterwards (`hopper_join`).
 """
 
 import dataclasses
+import heapq
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from pallas_kernels.block_sparse.hopper_common import ROWS, SWIZZLED, Config, io
 from pallas_kernels.block_sparse.types import BlockMap, Past
 
 QUERIES = 2 * ROWS  # of a thread block
+MOST_PARTS = 8
+START = 256  # keys that a thread block walks in the time that it takes to begin and to end, or that a join takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +61,12 @@ class Walk:
         self.tile = QUERIES // self.streams
         self.piece = min(self.block_k, self.tile)
         self.pieces, self.subs = self.tile // self.piece, self.block_k // self.piece  # pieces to a tile, to a block
-        past_k, past_v, rows, slots = stacked(past, k, v)
+        self.padded = frame_tokens is not None and frame_tokens % self.block_k > 0  # whether there are dead tokens
+        past_k, past_v, layer, slots = stacked(past, k, v)
         self.cached = slots // self.block_k
-        self.arrays = (k, v, past_k, past_v, rows, index, blocks.count, whole)
+        self.arrays = (k, v, past_k, past_v, layer, index, blocks.count, whole)
         self.tiles = -(-self.tq // QUERIES)
-        self.cut_heads = _cut_heads(self.batch, self.heads, self.tiles, config)
-        self.parts = config.parts if self.cut_heads else 1
+        self.cut_heads, self.parts = _cut(self.batch, self.heads, self.tiles, self.width * self.block_k, self.tile, config)
         self.uncut = (self.batch * self.heads - self.cut_heads) * self.tiles
 
     @property
@@ -71,8 +74,8 @@ class Walk:
         return self.cut_heads * self.tiles * self.parts
 
     @property
-    def grid(self) -> dict[str, Any]:
-        return {"grid": (self.uncut + self.cut_items,), "grid_names": ("item",)}
+    def grid(self) -> dict[str, int]:
+        return {"item": self.uncut + self.cut_items}
 
     def scratch(self) -> tuple[Any, ...]:
         """k_s, v_s, k_full, v_full, k_free, v_free: the tiles in flight and their barriers."""
@@ -104,27 +107,42 @@ class Walk:
 
     def clean(self, item: Item, stretch: Stretch, whole: Any, least: int) -> Any:
         """Tiles before the first that needs a mask, `least` at least."""
-        keys = whole[item.b, item.h, stretch.query_block] * self.block_k
-        return lax.max(lax.min(lax.div(keys, self.tile) - stretch.first, stretch.n), least)
+        entries = stretch.entries
+        if self.padded:
+            entries = lax.min(whole[item.b, item.h, stretch.query_block], entries)
+        return lax.max(lax.min(lax.div(entries * self.block_k, self.tile) - stretch.first, stretch.n), least)
 
-    def masked(self, scores: jax.Array, i: Any, item: Item, stretch: Stretch, index: Any) -> jax.Array:
-        """Scores of tile i, -inf where the list is over and on dead tokens."""
-        column, keep = iota(scores.shape, 1, self.config), None
+    def ends(self, i: Any, item: Item, stretch: Stretch, index: Any) -> tuple[Any, ...]:
+        """Up to where the columns of tile i are keys: of the whole tile, or with dead tokens of each of its pieces."""
+        if not self.padded:
+            return (stretch.entries * self.block_k - (stretch.first + i) * self.tile,)
+        found = []
         for p in range(self.pieces):
             place, begin = self._entry(stretch.first + i, p)
             block = index[item.b, item.h, stretch.query_block, lax.min(place, self.width - 1)]
             alive = lax.min(live(block, self.block_k, self.frame_tokens) - begin, self.piece)
-            alive = lax.select(place < stretch.entries, alive, 0)
-            inside = (column >= p * self.piece) & (column < p * self.piece + alive)
-            keep = inside if keep is None else keep | inside
+            found.append(lax.select(place < stretch.entries, p * self.piece + alive, 0))
+        return tuple(found)
+
+    def masked(self, scores: jax.Array, ends: tuple[Any, ...]) -> jax.Array:
+        """Scores, -inf where there is no key."""
+        column = iota(scores.shape, 1, self.config)
+        keep = column < ends[0]
+        for p, end in enumerate(ends[1:], 1):
+            keep |= (column >= p * self.piece) & (column < end)
         return jnp.where(keep, scores, -jnp.inf)
 
     def produce(self, item: Item, arrays: tuple[Any, ...], k_s, v_s, k_full, v_full, k_free, v_free) -> None:
         """The producer warpgroup: a warp for each stream starts the copies, tile after tile."""
-        k, v, past_k, past_v, rows, index, count, _ = arrays
+        k, v, past_k, past_v, layer, index, count, _ = arrays
 
         def run(stream: int) -> None:
-            stretch, row = self.stretch(item, stream, count), rows[item.b]
+            stretch, row = self.stretch(item, stream, count), layer[0] * self.batch + item.b
+            listed = index.at[item.b, item.h, stretch.query_block]
+
+            def names(tile):
+                """The entries that fill a tile; numbers without meaning behind the end of the list."""
+                return tuple(listed[lax.min(self._entry(tile, p)[0], self.width - 1)] for p in range(self.pieces))
 
             def fetch(old, new, to, barrier, block, begin):
                 """Starts the copy of a piece: of the cache, or behind it of the chunk."""
@@ -139,16 +157,20 @@ class Walk:
                     here = pl.ds((block - self.cached) * self.block_k + begin, self.piece)
                     plgpu.copy_gmem_to_smem(new.at[item.b, here, item.h], to, barrier)
 
-            @pl.loop(0, stretch.n)
-            def _(i):
-                s = self.slot(stream, i)
-                places = [self._entry(stretch.first + i, p) for p in range(self.pieces)]
-                listed = index.at[item.b, item.h, stretch.query_block]
-                named = [(listed[lax.min(place, stretch.entries - 1)], begin) for place, begin in places]
+            def step(i, named):
+                s, tile = self.slot(stream, i), stretch.first + i
+                following = names(tile + 1)  # early, so that no copy waits for the number that tells its address
                 for old, new, to, full, free in ((past_k, k, k_s, k_full, k_free), (past_v, v, v_s, v_full, v_free)):
                     pl.when(i >= self.config.stages)(lambda free=free: plgpu.barrier_wait(free.at[s]))
-                    for p, (block, begin) in enumerate(named):
+                    for p, block in enumerate(named):
+                        place, begin = self._entry(tile, p)
+                        block = lax.select(place < stretch.entries, block, named[0])  # behind the end any block will do
                         fetch(old, new, to.at[s, pl.ds(p * self.piece, self.piece)], full.at[s], block, begin)
+                return following
+
+            # The first of a list that is not cut does not wait for the length of it.
+            start = lax.cond(item.cut, lambda: names(stretch.first), lambda: names(0))
+            lax.fori_loop(0, stretch.n, step, start)
 
             @pl.loop(lax.max(stretch.n - self.config.stages, 0), stretch.n)  # no arrival may be left that nobody saw
             def _(i):
@@ -160,22 +182,30 @@ class Walk:
             for stream in range(self.streams):
                 pl.when(warp == stream)(lambda stream=stream: run(stream))
 
-    def put_back(self, whole: jax.Array, joined: jax.Array) -> jax.Array:
-        """Writes the joined heads [cut head, tile, 128, ...] over the last ones of `whole` [b, tq, head, ...]."""
-        rows = joined.reshape(self.cut_heads, self.tiles * QUERIES, *joined.shape[3:])[:, : self.tq].swapaxes(0, 1)
-        # Without the barrier XLA fuses the kernel with this write, whose data come from the same kernel: a cycle.
-        whole = lax.optimization_barrier(whole)
-        return whole.at[self.batch - 1, :, self.heads - self.cut_heads :].set(rows.astype(whole.dtype))
-
     def _entry(self, i: Any, p: int) -> tuple[Any, Any]:
         """Position in the list, and first key within the block, of piece p of tile i."""
         number = i * self.pieces + p
         return (lax.div(number, self.subs), lax.rem(number, self.subs) * self.piece) if self.subs > 1 else (number, 0)
 
 
-def _cut_heads(batch: int, heads: int, tiles: int, config: Config) -> int:
-    """How many heads of the last batch row are cut: those that reach into the last, partly filled wave."""
-    if config.parts == 1:
-        return 0
-    rest = batch * heads * tiles % config.multiprocessors
-    return min(-(-rest // tiles), heads)
+def _cut(batch: int, heads: int, tiles: int, keys: int, tile: int, config: Config) -> tuple[int, int]:
+    """How many heads of the last batch row are cut, those that reach into the last wave, and into how many parts.
+
+    Args:
+        keys: of the longest list.
+        tile: keys of a tile.
+    """
+    count, fits = batch * heads * tiles, config.multiprocessors
+    cut = min(-(-(count % fits) // tiles), heads)
+    tried = range(1, MOST_PARTS + 1) if config.parts is None else (config.parts,)
+
+    def duration(parts: int) -> int:
+        """Until the last multiprocessor is done, each taking the next item as soon as it is free; in keys walked."""
+        whole, part = keys + START, -(-keys // (parts * tile)) * tile + START
+        free = [0] * fits  # what the full waves take is the same for all
+        for cost in [whole] * ((count - cut * tiles) % fits) + [part] * (cut * tiles * parts):
+            heapq.heapreplace(free, free[0] + cost)
+        return max(free) + (START if parts > 1 else 0)
+
+    parts = min(tried, key=duration)
+    return (cut, parts) if parts > 1 else (0, 1)

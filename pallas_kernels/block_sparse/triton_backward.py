@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -208,7 +209,7 @@ def keys(
 
     def gradients(place: Source, first: int) -> tuple[jax.Array, jax.Array]:
         tokens = place.k.shape[2]
-        index, count = lists.transpose(blocks, first, tokens // size_k)
+        index, count = lists.transpose(blocks, first + np.arange(tokens // size_k)[:, None])
         entries = pl.BlockSpec((None, None, None, index.shape[-1]), lambda i, h, b: (b, h, lax.div(i, tiles), 0))
         number = pl.BlockSpec((None, None, None), lambda i, h, b: (b, h, lax.div(i, tiles)))
         tokens_q = pl.BlockSpec((None, tq, None, e), lambda i, h, b: (b, 0, h, 0))

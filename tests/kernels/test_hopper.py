@@ -45,6 +45,9 @@ CASES = {
     ),
     "64 queries to a list": Case(tq=200, frame=200, block_q=64, width=6, parts=2, multiprocessors=3),
     "64 queries, 128 keys": Case(tq=192, frame=200, block_q=64, block_k=128, width=3, least=2, past_gradient=True),
+    "parts that begin with dead keys, parts that have no others": Case(
+        tq=64, heads=1, past=2, chunk=2, frame=136, block_q=64, block_k=128, width=8, least=8, parts=11
+    ),
     "empty lists": Case(width=1, least=0, heads=4),
 }
 
@@ -151,7 +154,7 @@ def test_full_size_lowers_without_a_gpu(block_q, block_k, past_gradient):
 
     blocks = BlockMap(jnp.zeros((*rows, 40), jnp.int32), jnp.zeros(rows, jnp.int32), block_q, block_k)
     text = jax.jit(run).trace(q, k, k, past).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 5  # three kernels, and two that join parts
 
 
 @pytest.mark.gpu
@@ -191,6 +194,11 @@ def test_config_checks_itself():
         Config(stages=0)
 
 
+def key_blocks(first, number, group):
+    """Neighbours in groups, the last of which may be incomplete."""
+    return np.pad(first + np.arange(number), (0, -number % group), constant_values=-1).reshape(-1, group)
+
+
 def random_map(seed, b=2, heads=2, queries=5, width=6, key_blocks=9):
     draw = np.random.default_rng(seed)
     index = np.argsort(draw.random((b, heads, queries, key_blocks)), axis=-1)[..., :width].astype(np.int32)
@@ -201,7 +209,7 @@ def random_map(seed, b=2, heads=2, queries=5, width=6, key_blocks=9):
 @pytest.mark.parametrize("first, number, group", [(0, 9, 1), (4, 5, 1), (0, 9, 2), (3, 6, 2), (2, 1, 2)])
 def test_transposed_lists(first, number, group):
     index, count, blocks = random_map(first + group)
-    lists_of, lengths = jax.jit(functools.partial(lists.transpose, first=first, number=number, group=group))(blocks)
+    lists_of, lengths = jax.jit(functools.partial(lists.transpose, wanted=key_blocks(first, number, group)))(blocks)
     assert lists_of.shape == (2, 2, -(-number // group), 5)
     for b, h, j in np.ndindex(*lengths.shape):
         wanted = []
@@ -229,5 +237,19 @@ def test_blocks_with_dead_tokens_go_last():
 def test_without_dead_tokens_lists_stay(frame_tokens):
     index, count, blocks = random_map(2)
     ordered, whole = lists.live_first(blocks, frame_tokens)
-    np.testing.assert_array_equal(ordered, np.where(np.arange(6) < count[..., None], index, 0))
-    np.testing.assert_array_equal(whole, count)
+    assert ordered is blocks.index and whole is blocks.count
+
+
+def test_lists_that_have_the_order_stay():
+    index, count, blocks = random_map(2)
+    blocks = dataclasses.replace(blocks, whole=jnp.asarray(count // 2))
+    ordered, whole = lists.live_first(blocks, 80)
+    assert ordered is blocks.index and whole is blocks.whole
+    assert lists.live_first(blocks, 96)[1] is blocks.count  # whatever the field says: there is nothing to mask
+
+
+def test_longest_first():
+    count = np.random.default_rng(3).integers(0, 5, (2, 3, 40))
+    work = jax.jit(functools.partial(lists.longest_first, most=4))(jnp.asarray(count, jnp.int32))
+    np.testing.assert_array_equal(work // 5, np.argsort(-count, axis=-1, kind="stable"))
+    np.testing.assert_array_equal(work % 5, -np.sort(-count, axis=-1))
