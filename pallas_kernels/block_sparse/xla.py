@@ -5,6 +5,8 @@ one list, not with the queries. The gather addresses the stacked cache by layer:
 backend gathers 16-bit floats as float32 and converts the cache for it: on CPUs run float32.)
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +17,9 @@ def attention(q, k, v, blocks, past, scale, frame_tokens):
     size_q, size_k = blocks.block_q, blocks.block_k
     width = blocks.index.shape[-1]
     cached = 0 if past is None else past.k.shape[2] // size_k
+    # Sums in float32; of float32 without rounding them to TF32 first, as would be the default on GPUs.
+    precision = "highest" if q.dtype == jnp.float32 else None
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
 
     def gather(new, old, index):
         """The listed blocks, [b, head, width * block_k, e]."""
@@ -38,13 +43,13 @@ def attention(q, k, v, blocks, past, scale, frame_tokens):
             token = (index % frame_blocks * size_k)[..., None] + jnp.arange(size_k)
             mask &= token < frame_tokens
         mask = jnp.broadcast_to(mask, (b, heads, width, size_k)).reshape(b, heads, 1, width * size_k)
-        logits = jnp.einsum("bqhe,bhke->bhqk", rows, keys, preferred_element_type=jnp.float32) * scale
+        logits = einsum("bqhe,bhke->bhqk", rows, keys) * scale
         logits = jnp.where(mask, logits, -jnp.inf)
         some = (count > 0)[..., None]  # a row that attends to nothing has no maximum and no logarithm
         top = jax.lax.stop_gradient(jnp.where(some, logits.max(-1), 0.0))
         weight = jnp.where(mask, jnp.exp(logits - top[..., None]), 0.0)
         total = jnp.where(some, weight.sum(-1), 1.0)
-        out = jnp.einsum("bhqk,bhke->bhqe", weight.astype(v.dtype), values, preferred_element_type=jnp.float32)
+        out = einsum("bhqk,bhke->bhqe", weight.astype(v.dtype), values)
         out = jnp.moveaxis(out / total[..., None], 1, 2).astype(q.dtype)
         return out, jnp.where(some, top + jnp.log(total), -jnp.inf)
 
