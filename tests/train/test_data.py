@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from lf_jax import presets, text
+from lf_jax import checkpoint, presets, text
 from lf_jax import world as worlds
 from lf_jax.config import Config, Text, Video
 from lf_jax.train.data import Folder, Prompts, World, ahead, clips
@@ -260,12 +260,32 @@ def test_encoded_captions_take_the_place_of_tokens(tmp_path):
     batch, (_, prompts) = source.batch(CONFIG, 0, 2), source.examples(CONFIG, range(2))
     assert batch.keys() == {"text"}
     np.testing.assert_array_equal(batch["text"], values[[("two", "one").index(prompt) for prompt in prompts]])
-    file.write_text("one\nfour\n")
+    video = dataclasses.replace(CONFIG.video, negative_prompt="two")
+    batch = source.batch(dataclasses.replace(CONFIG, video=video), 0, 3)
+    assert batch.keys() == {"text", "negative"}
+    np.testing.assert_array_equal(batch["negative"], values[[0, 0, 0]])
     with pytest.raises(ValueError, match="not among the 2 encoded prompts: .'four'"):
         source.words(CONFIG, ["four"])
     longer = dataclasses.replace(CONFIG, text=dataclasses.replace(part, length=64))
     with pytest.raises(ValueError, match=r"\(512, 32\), expected \(64, 32\)"):
         source.batch(longer, 0, 1)
+
+
+def test_encoded_captions_must_be_of_the_encoder(tmp_path):
+    part, model, file = CONFIG.text, tmp_path / "model", str(tmp_path / "e.safetensors")
+    arrays = {name: np.ones(shape, np.float32) for name, shape in checkpoint.shapes(part).items()}
+    checkpoint.save_component(model, "text", part, arrays)
+    (model / "text" / "spiece.model").write_bytes(text.tiny_model())
+    (tmp_path / "p.txt").write_text("one")
+    source = Prompts(str(tmp_path / "p.txt"), model=str(model), embeddings=file)
+    values, half = np.zeros((1, part.length, part.dim), np.float32), dataclasses.replace(part, dtype="bfloat16")
+    computing = dataclasses.replace(CONFIG, text=half)  # as a run does that computes in bfloat16
+    for encoder in ("x" * 64, text.fingerprint(part, text.tiny_model(), arrays)):
+        text.save_embeddings(file, text.Embeddings(values, np.array([1], np.int32), ("one",), encoder))
+        if encoder.startswith("x"):
+            with pytest.raises(ValueError, match="was made by encoder xxxxxxxxxxxx, not by"):
+                source.batch(computing, 0, 1)
+    assert source.batch(computing, 0, 1).keys() == {"text"}
 
 
 def test_the_tiny_tokenizer_is_for_the_tiny_vocabulary(tmp_path):

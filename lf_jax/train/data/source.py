@@ -1,5 +1,6 @@
 """Streams of training examples: what stands at a position depends on the seed and the position alone."""
 
+import abc
 import dataclasses
 import functools
 import pathlib
@@ -10,14 +11,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lf_jax import loading, text
+from lf_jax import checkpoint, loading, text
 from lf_jax.config import Config, check
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(abc.ABC):
     """An endless stream of examples, read by position: a run that is resumed at a step sees what it would have seen.
 
     A source of `n` items gives each of them once in the positions [e n, e n + n) of every epoch e, shuffled anew.
@@ -35,8 +36,9 @@ class Source:
 
         Returns:
             "video" [b, f, h, w, 3] in [-1, 1] or "latents" [b, f, h, w, c], float32, or neither (prompts); and "ids" int32
-            [b, n] with "lengths" int32 [b], or with `embeddings` "text" [b, n, text_dim]. Arrays of jax where the device
-            made them, of numpy where they come from files.
+            [b, n] with "lengths" int32 [b], or with `embeddings` "text" [b, n, text_dim], and "negative", of the same shape,
+            if the file holds `config.video.negative_prompt`. Arrays of jax where the device made them, of numpy where they
+            come from files.
 
         Raises:
             ValueError: the source cannot serve `config`, or holds something that cannot be read.
@@ -44,17 +46,17 @@ class Source:
         arrays, captions = self.examples(config, range(step * size, (step + 1) * size))
         return arrays | self.words(config, captions)
 
+    @abc.abstractmethod
     def items(self, config: Config) -> int | None:
         """How many items an epoch has; None of a source that never repeats itself.
 
         Raises:
             ValueError: as `batch`. Reads no pictures, so a run can ask before its long work.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def examples(self, config: Config, positions: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
         """What stands at `positions`: arrays by the names of `batch`, and captions as they were written."""
-        raise NotImplementedError
 
     def origin(self, config: Config) -> str:
         """What decides the examples: sources of one origin give the same ones."""
@@ -63,7 +65,9 @@ class Source:
     def words(self, config: Config, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """Captions as `batch` gives them."""
         if self.embeddings is not None:
-            return {"text": _embeddings(self.embeddings, self.model, config).select(captions)}
+            found, negative = _embeddings(self.embeddings, self.model, config), config.video.negative_prompt
+            encoded = {"text": found.select(captions)}
+            return encoded | ({"negative": found.select([negative] * len(captions))} if negative in found.prompts else {})
         ids, lengths = tokenizer(self.model, config)(captions)
         return {"ids": ids, "lengths": lengths}
 
@@ -88,8 +92,11 @@ def tokenizer(model: str | None, config: Config) -> text.Tokenizer:
 
 @functools.lru_cache(maxsize=8)
 def _embeddings(file: str, model: str | None, config: Config) -> text.Embeddings:
-    encoder = None if model is None else loading.Source(config, pathlib.Path(model)).fingerprint()
-    found, part = text.load_embeddings(file, encoder), config.text
+    encoder, part = None, config.text
+    if model is not None:  # its own settings: a training run computes in another dtype than the encoder was run in
+        own = dataclasses.replace(config, text=checkpoint.load_part(model, "text"))
+        encoder = loading.Source(own, pathlib.Path(model)).fingerprint()
+    found = text.load_embeddings(file, encoder)
     rows, expected = found.values.shape[1:], (part.length, part.dim)
     check(rows == expected, f"embeddings {file} are of [n, dim] {rows}, expected {expected}")
     return found
