@@ -56,7 +56,8 @@ class Latents:
         check(self.shard % self.batch == 0, f"--shard {self.shard} must be a multiple of --batch {self.batch}")
         tokens.latent_frames(config.video.num_frames, config.vae.temporal_stride)  # before long work: whether they fit
         source = self._source()
-        items = source.items(config) if self.items is None else self.items
+        there = source.items(config)  # looks at every file
+        items = there if self.items is None else self.items
         check(items is not None, f"--data {WORLD} never ends: expected --items, the number of videos")
         check(items > 0, f"--items {items} must be positive")
         outputs.check_writable("--output", self.output)
@@ -87,6 +88,7 @@ class Latents:
 
     def _source(self) -> Source:
         if self.data != WORLD:
+            check(self.split == "train", f"--split {self.split} has no use with a folder of videos")
             return Folder(self.data, seed=self.seed)
         world = worlds.World(**shards.pixels(self.settings))
         return World(world=world, split=self.split, seed=self.seed)

@@ -191,6 +191,16 @@ def test_a_file_whose_end_is_missing_is_found_by_its_header(tmp_path):
         clips.count(tmp_path / "a.mp4", 16)
 
 
+def test_a_file_that_is_damaged_later_is_named(tmp_path):
+    write(tmp_path / "a.mp4", brightening(9))
+    (tmp_path / "a.txt").write_text("a")
+    source = Folder(str(tmp_path))
+    assert source.items(CONFIG) == 1
+    (tmp_path / "a.mp4").write_text("not a video")
+    with pytest.raises(ValueError, match="a.mp4 is not a video that can be decoded"):
+        source.batch(CONFIG, 0, 1)
+
+
 def test_captions_can_be_listed_in_one_file(folder, tmp_path):
     for name in ("a.mp4", "c.mov"):
         (tmp_path / name).write_bytes((pathlib.Path(folder) / name).read_bytes())

@@ -254,6 +254,7 @@ def test_an_autoencoder_alone_is_enough(model, videos, made, tmp_path):
         (("--items", 0), "--items 0 must be positive"),
         (("--video.num-frames", 10), "num_frames=10 must be 1 . a multiple of 4"),
         (("--data", "absent"), "no such folder: absent"),
+        (("--split", "eval"), "--split eval has no use with a folder of videos"),
     ],
 )
 def test_bad_options_end_before_anything_is_loaded(words, message, model, videos, tmp_path, capsys):
