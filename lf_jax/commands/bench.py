@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lf_jax import bench, pipeline
+from lf_jax import bench, bench_attention, pipeline
 from lf_jax.checkpoint.replace import replaced_file
 from lf_jax.commands.console import show_config
 from lf_jax.config import Config, check
@@ -23,14 +23,18 @@ class Bench:
     Speed does not depend on the values of weights or prompts, so a preset with random weights will do. Compilation is in
     the column `first` only.
 
+    With --attention: one layer of the last chunk instead, selection and attention alone and together, and dense attention.
+    Needs no weights.
+
     Example: lf-jax bench --model self_forcing_1_3b --json bench.json
     """
 
     model: str  # converted folder, or a preset for random weights
     config: str | None = None  # preset or Python file with the settings, in place of those of the model
     num_frames: int | None = None  # pixel frames; short for --video.num-frames
-    repeats: int = 3  # videos timed after the first
+    repeats: int = 3  # videos timed after the first; rounds with --attention
     text: bool = False  # also load and time the text encoder
+    attention: bool = False  # time the attention of a layer instead
     json: pathlib.Path | None = None  # file for the figures
     settings: Annotated[Config, tyro.conf.arg(name="")] = Config()
 
@@ -39,7 +43,11 @@ class Bench:
         check(self.repeats > 0, f"--repeats {self.repeats} must be positive")
         show_config(config, model=self.model)
         check_runs(config)
-        report = bench.measure(pipeline.load(self.model, config), config, self.repeats, self.text)
+        if self.attention:
+            check(not self.text, "--attention has no --text")
+            report = bench_attention.measure(config, self.repeats)
+        else:
+            report = bench.measure(pipeline.load(self.model, config), config, self.repeats, self.text)
         if self.json is not None:
             with replaced_file(self.json) as partial:
                 partial.write_text(json.dumps(dataclasses.asdict(report), indent=2))
@@ -55,5 +63,9 @@ def show(report: bench.Report) -> None:
         column.justify = "right"
     for row in report.rows:
         chunk = "" if row.chunk is None else str(row.chunk)
-        table.add_row(row.stage, chunk, *(f"{x:.1f}" for x in (row.first, row.median, row.least, row.most)))
+        table.add_row(row.stage, chunk, *map(_digits, (row.first, row.median, row.least, row.most)))
     console.print(table)
+
+
+def _digits(ms: float) -> str:
+    return f"{ms:.1f}" if ms >= 10 else f"{ms:.4f}"

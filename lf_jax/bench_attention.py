@@ -1,0 +1,163 @@
+"""What the choice of blocks costs beside the attention that it feeds, and what both save: the last chunk of a video.
+
+Every row is the time of one layer. A launch computes some layers, each with its own queries, keys and values and its own
+layer of the cache, so that no layer finds in the GPU's caches what only another has put there, and Python's part of a
+launch, which may take longer than a selection, is shared. Rows are timed by turns, as `pallas_kernels.bench` does it.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lf_jax import attention, bench, sparsity
+from lf_jax import cache as kv
+from lf_jax.arrays import Array
+from lf_jax.cache import KVCache
+from lf_jax.config import Config, check, dtype_of
+from lf_jax.tokens import Grid, chunk_lengths, latent_frames
+from pallas_kernels import BlockMap, Past, block_sparse_attention, platform, selection, timing
+from pallas_kernels.runs import Run
+
+LAYERS = 8  # at most, of a launch: 1.7 GB of cache at full size
+
+
+class Scene(NamedTuple):
+    """One chunk and all it sees. q, k, v and lists: one a layer."""
+
+    q: list[Array]  # [b, t, head, head_dim]
+    k: list[Array]
+    v: list[Array]
+    lists: list[BlockMap]
+    cache: KVCache
+    time: sparsity.Timeline
+    budget: sparsity.Budget
+    dense: tuple[Array, Array]  # keys and values in sight, dead tokens left out: [b, s, head, head_dim]
+
+
+# What is timed of a layer: (scene, number of the layer, grid, settings) -> arrays
+def _select(scene: Scene, layer: int, grid: Grid, settings: Config) -> BlockMap:
+    """From rotated queries and keys to lists: pools both, the keys also for the cache."""
+    new = attention.chunk_kv(scene.k[layer], scene.v[layer], grid, pool=True)
+    given = scene.cache, jnp.int32(layer), scene.time, scene.budget, grid, settings.sparsity
+    return sparsity.select(sparsity.Inputs(scene.q[layer], new, *given))
+
+
+def _attend(scene: Scene, layer: int, grid: Grid, settings: Config) -> Array:
+    new = attention.chunk_kv(scene.k[layer], scene.v[layer], grid, pool=False)
+    return block_sparse_attention(
+        scene.q[layer],
+        new.k,
+        new.v,
+        scene.lists[layer],
+        scale=settings.model.head_dim**-0.5,
+        past=Past(scene.cache.k, scene.cache.v, jnp.int32(layer)) if scene.cache.frames else None,
+        frame_tokens=grid.frame_tokens,
+        implementation=settings.sparsity.implementation,
+    )
+
+
+def _both(scene: Scene, layer: int, grid: Grid, settings: Config) -> Array:
+    """As the network calls it."""
+    qkv = scene.q[layer], scene.k[layer], scene.v[layer]
+    given = scene.cache, jnp.int32(layer), scene.time, scene.budget, grid, settings.sparsity
+    return attention.self_attention(*qkv, *given)[0]
+
+
+def _dense(scene: Scene, layer: int, grid: Grid, settings: Config) -> Array:
+    return attention.dense_attention(scene.q[layer], *scene.dense)
+
+
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def _layers(piece: Callable, scene: Scene, grid: Grid, settings: Config) -> list:
+    return [piece(scene, layer, grid, settings) for layer in range(len(scene.q))]
+
+
+def scene(config: Config) -> Scene:
+    """The last chunk of a video with normal queries, keys and values, and the lists that the policy makes of them.
+
+    Raises:
+        ValueError: if attention is dense, or the frames do not make whole chunks.
+    """
+    check(not config.sparsity.dense, f"{config.sparsity.policy=} has no block lists to time")
+    grid, rollout = Grid.of(config), config.rollout
+    frames = latent_frames(config.video.num_frames, config.vae.temporal_stride)
+    lengths = chunk_lengths(frames, rollout.chunk_frames, rollout.independent_first_frame)
+    model = dataclasses.replace(config.model, layers=min(LAYERS, config.model.layers))
+    cache = kv.empty(model, grid, config.cache, sparse=True, batch=1, frames=frames if len(lengths) > 1 else 0)
+
+    @partial(jax.jit, static_argnums=1)
+    def draw(key: Array, frames: int) -> list[Array]:
+        shape = (model.layers, frames * grid.frame_tokens, model.heads, model.head_dim)
+        return [jax.random.normal(part, shape, dtype_of(model)) for part in jax.random.split(key, 3)]
+
+    @partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+    def commit(cache: KVCache, k: Array, v: Array, frames: int, following: int) -> KVCache:
+        new = attention.chunk_kv(k, v, grid, pool=True)  # layers in the place of a batch
+        return kv.append(cache, jax.tree.map(lambda x: x[:, None], new), frames, following)
+
+    for i, (now, following) in enumerate(zip(lengths, lengths[1:], strict=False)):
+        cache = commit(cache, *draw(jax.random.key(i), now)[1:], now, following)
+    q, k, v = ([x[layer : layer + 1] for layer in range(model.layers)] for x in draw(jax.random.key(-1), lengths[-1]))
+    order = sparsity.timeline(cache, lengths[-1], grid)
+    budgets = sparsity.chunk_budgets(lengths, 0, grid, config.sparsity, config.cache)
+    budget = sparsity.Budget(jnp.asarray(budgets.blocks[-1]), budgets.width)
+    dense = tuple(_in_sight(x, new, order, grid) for x, new in ((cache.k, k[0]), (cache.v, v[0])))
+    found = Scene(q, k, v, [], cache, order, budget, dense)
+    return found._replace(lists=_layers(_select, found, grid, config))
+
+
+def _in_sight(cached: Array, new: Array, order: sparsity.Timeline, grid: Grid) -> Array:
+    """The live tokens of the visible past, in layer 0, and of the chunk."""
+    past = int(order.past) * order.frame_blocks
+    blocks = cached[0].reshape(1, -1, grid.block_k, *cached.shape[3:])[:, order.blocks[:past]]
+    return jnp.concatenate([attention.without_padding(blocks.reshape(1, -1, *cached.shape[3:]), grid), new], axis=1)
+
+
+def measure(config: Config, repeats: int) -> bench.Report:
+    """Times selection by every implementation that runs here, attention on its lists, both, and dense attention.
+
+    Raises:
+        ValueError: as `scene`.
+    """
+    grid, case = Grid.of(config), scene(config)
+    frames = case.time.blocks.size // grid.frame_blocks
+    pieces = {}
+    for name, reason in selection.explain(config.model.head_dim, frames, grid.frame_blocks).items():
+        if reason is None:
+            named = dataclasses.replace(config, sparsity=dataclasses.replace(config.sparsity, selection=name))
+            pieces[f"selection, {name}"] = partial(_layers, _select, case, grid, named)
+    pieces["attention"] = partial(_layers, _attend, case, grid, config)
+    pieces["selection + attention"] = partial(_layers, _both, case, grid, config)
+    dense = next(name for name, reason in attention.dense_implementations(case.q[0]).items() if reason is None)
+    pieces[f"dense, {dense}"] = partial(_layers, _dense, case, grid, config)
+    first, runs = {}, {}
+    for name, launch in pieces.items():
+        start = time.perf_counter()
+        jax.block_until_ready(launch())
+        first[name] = 1000 * (time.perf_counter() - start)
+        runs[name] = Run(launch, jax.block_until_ready, None, "calls")
+    chunk = int(case.cache.end) // config.rollout.chunk_frames
+    rows = []
+    for name, times in timing.by_turns(runs, repeats).items():
+        per_layer = [ms / len(case.q) for ms in times]
+        rows.append(bench.Row(name, chunk, first[name], statistics.median(per_layer), min(per_layer), max(per_layer)))
+    return bench.Report(facts(config, case, rows, repeats), tuple(rows))
+
+
+def facts(config: Config, case: Scene, rows: list[bench.Row], repeats: int) -> dict[str, str | int | float]:
+    """What a figure must name to mean anything, and the shares that matter."""
+    ms = {row.stage.partition(",")[0]: row.median for row in reversed(rows)}  # of the selections the first
+    grid, kept, seen = Grid.of(config), int(case.budget.blocks), int(case.time.visible.sum())
+    return timing.facts(platform.describe(), repeats) | {
+        "layer": f"{len(case.q)} layers a launch; {case.q[0].shape[1]} queries, {case.dense[0].shape[1]} keys, "
+        f"{config.model.heads} heads of {config.model.head_dim}, {config.model.dtype}, blocks {grid.block_q}x{grid.block_k}, "
+        f"budget {kept} of {seen} blocks, {config.sparsity.policy}",
+        "selection / attention": round(ms["selection"] / ms["attention"], 4),
+        "dense / (selection + attention)": round(ms["dense"] / ms["selection + attention"], 2),
+    }
