@@ -11,6 +11,7 @@ import pytest
 from lf_jax import attention, config, sparsity
 from lf_jax import cache as kv
 from lf_jax.tokens import Grid
+from pallas_kernels.selection import api, triton
 
 MODEL = config.Model(dim=16, ffn_dim=8, heads=2, layers=2, dtype="float32")
 CACHES = {
@@ -103,14 +104,17 @@ def test_a_dense_layer_may_use_a_padded_cache():
     np.testing.assert_allclose(out, expected("ring", q, k, v, keys, values), atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["light_forcing", "oracle"])
-def test_gradients_pass_the_attention_but_not_the_choice(policy):
-    g = grid(policy)
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize(("policy", "kernels"), [("light_forcing", "xla"), ("light_forcing", "interpreter"), ("oracle", "xla")])
+def test_gradients_pass_the_attention_but_not_the_choice(policy, kernels, monkeypatch):
+    interpreted = partial(triton.scores, depth=8, interpret=True), partial(triton.choose, interpret=True)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "interpreter", api.Implementation(lambda *call: None, *interpreted))
+    g, chosen = grid(policy), dataclasses.replace(settings(policy), selection=kernels)
     cache, keys, values = history("all frames", g, True)
     weights = draw(7, 3, g)[0]
 
     def loss(qkv, cache, budget):
-        return (run(*qkv, cache, sparsity.Budget(budget, 36), g, settings(policy))[0] * weights).sum()
+        return (run(*qkv, cache, sparsity.Budget(budget, 36), g, chosen)[0] * weights).sum()
 
     def dense(qkv, keys, values):
         return (expected("all frames", *qkv, keys, values) * weights).sum()

@@ -1,7 +1,7 @@
 """Chunk-Aware Growth against numbers worked out by hand, and every selector against a loop over the raw tokens."""
 
 import dataclasses
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from lf_jax.sparsity.baselines import attention_mass
 from lf_jax.sparsity.select import pool_queries
 from lf_jax.tokens import Grid
 from pallas_kernels import check_block_map
+from pallas_kernels.selection import api, triton
 
 SHORT = config.Sparsity(policy="light_forcing", target=0.88, base=0.98)
 LONG = config.Sparsity(policy="light_forcing", target=0.85, base=0.95, keep_frames=3, sink_frames=1, near_frames=1)
@@ -189,6 +190,19 @@ def test_hierarchical_equals_brute_force(name, budget):
     video = _video(name)
     found = as_sets(_jitted(video, HSA, budget), key_blocks(video))
     assert found == brute_force(video, HSA, budget)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("name", VIDEOS)
+def test_the_kernels_choose_the_same(name, monkeypatch):
+    scores, choose = partial(triton.scores, depth=8, interpret=True), partial(triton.choose, interpret=True)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "interpreter", api.Implementation(lambda *call: None, scores, choose))
+    video, settings = _video(name), dataclasses.replace(HSA, selection="interpreter")
+    blocks = _jitted(video, settings, 9)
+    assert as_sets(blocks, key_blocks(video)) == brute_force(video, HSA, 9)
+    ends = np.asarray(blocks.index) % SMALL.frame_blocks == SMALL.frame_blocks - 1  # these blocks hold dead tokens
+    listed = np.arange(blocks.index.shape[-1]) < np.asarray(blocks.count)[..., None]
+    np.testing.assert_array_equal(blocks.whole, (listed & ~ends).sum(-1))
 
 
 def test_more_budget_than_candidates_keeps_exactly_the_candidates():

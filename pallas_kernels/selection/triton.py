@@ -22,7 +22,7 @@ from pallas_kernels import triton
 from pallas_kernels.selection.types import Rule
 
 LOWEST = np.iinfo(np.int32).min
-HALF = 1 << 16  # two counts travel in one integer
+HALF = 16  # bits of a count: two travel in one integer
 MOST_FRAMES, MOST_BLOCKS = 128, 8192  # of a row with its padding: more do not fit the registers
 
 
@@ -121,10 +121,10 @@ def choose(scores, order, past_frames, budget, rule: Rule, *, warps=None, interp
         least = _least(key.reshape(-1), count)
         above, equal = key > least, candidate & (key == least)
         left = count - _number(above)  # for those that equal the least
-        before = _before(above.astype(jnp.int32) + equal.astype(jnp.int32) * HALF)
-        turn = lax.div(before, HALF)
+        before = _before(above.astype(jnp.int32) + lax.shift_left(equal.astype(jnp.int32), HALF))
+        turn = lax.shift_right_logical(before, HALF)
         taken = above | (equal & (turn < left))
-        at = lax.rem(before, HALF) + jnp.minimum(turn, left)
+        at = (before & (1 << HALF) - 1) + jnp.minimum(turn, left)
         if rule.dead:
             ends = (taken & last).astype(jnp.int32).sum(1)
             whole, earlier = count - ends.sum(), (lax.cumsum(ends) - ends)[:, None]
