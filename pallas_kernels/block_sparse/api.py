@@ -84,8 +84,9 @@ def explain(q: Any, blocks: BlockMap, past: Past | None = None, return_lse: bool
     return {name: choice.reason(q, blocks, past, return_lse) for name, choice in IMPLEMENTATIONS.items()}
 
 
-def check_block_map(blocks: BlockMap, key_blocks: int) -> None:
-    """Checks the values of a block map, which kernels trust: counts, ranges, distinct entries. Not under `jax.jit`.
+def check_block_map(blocks: BlockMap, key_blocks: int, frame_tokens: int | None = None) -> None:
+    """Checks the values of a block map, which kernels trust: counts, ranges, distinct entries, and with the `frame_tokens` of
+    a call that `whole` keeps its word. Not under `jax.jit`.
 
     Raises:
         ValueError: naming the first list that breaks a rule.
@@ -99,6 +100,12 @@ def check_block_map(blocks: BlockMap, key_blocks: int) -> None:
         f"index outside 0..{key_blocks - 1}": (used & ((index < 0) | (index >= key_blocks))).any(-1),
         "the same block twice": (ordered[..., 1:] == ordered[..., :-1]).any(-1),
     }
+    if blocks.whole is not None:
+        whole, size = np.asarray(blocks.whole), blocks.block_k
+        broken["whole outside 0..count"] = (whole < 0) | (whole > count)
+        if frame_tokens is not None and frame_tokens % size:
+            short = index % -(-frame_tokens // size) == frame_tokens // size
+            broken["dead tokens among the first `whole`"] = (short & (np.arange(width) < whole[..., None])).any(-1)
     for rule, where in broken.items():
         if where.any():
             at = tuple(int(i) for i in np.argwhere(where)[0])
@@ -140,7 +147,11 @@ def _check(q: Any, k: Any, v: Any, blocks: BlockMap, past: Past | None, frame_to
     require(blocks.index.ndim == 4 and blocks.index.shape[:3] == rows, f"{blocks.index.shape=} must be {(*rows, 'width')}")
     require(blocks.index.shape[3] > 0, f"{blocks.index.shape=} must have a width of at least 1")
     require(blocks.count.shape == rows, f"{blocks.count.shape=} must be {rows}")
-    for name, array in (("index", blocks.index), ("count", blocks.count)):
+    numbers = {"index": blocks.index, "count": blocks.count}
+    if blocks.whole is not None:
+        require(blocks.whole.shape == rows, f"{blocks.whole.shape=} must be {rows}")
+        numbers["whole"] = blocks.whole
+    for name, array in numbers.items():
         require(array.dtype == jnp.int32, f"blocks.{name} must be int32, received {array.dtype}")
     keys = k.shape[1]
     if past is not None:

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -97,10 +98,11 @@ def rewrite(body, config: Config, arrays: tuple, given: tuple, *, grid: dict[str
     def scoped(*refs):
         pl.run_scoped(lambda *scratch: body(*refs, *scratch), *scratch_types, collective_axes="wg")
 
-    def start(refs):
-        pl.kernel(scoped, mesh=mesh, **_started(config))(*refs, *given)
+    @sequential_vmap  # run_state has no rule for vmap
+    def run(arrays, given):
+        return pl.run_state(lambda refs: pl.kernel(scoped, mesh=mesh, **_started(config))(*refs, *given))(arrays)
 
-    return pl.run_state(start)(arrays)
+    return run(arrays, given)
 
 
 def _started(config: Config) -> dict[str, object]:

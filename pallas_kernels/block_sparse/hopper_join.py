@@ -1,6 +1,6 @@
-"""Joins the parts of lists that `hopper_walk` cut: a kernel that writes over the heads that the one before left out.
+"""Joins the parts of lists that `hopper_walk` cut: a kernel that writes the heads which the one before it left out.
 
-In XLA it would be several kernels, as that makes one of a sum for every row and another of its use in all columns.
+XLA would make several kernels of it: of the weights of the rows, of their use in all columns, of the write.
 """
 
 import functools

@@ -47,6 +47,8 @@ BAD = {
     "too wide": (blocks(index=jnp.zeros((1, 2, 3, 7), jnp.int32)), "lists of 7 blocks are wider than the 6 key blocks"),
     "counts": (blocks(count=jnp.ones((1, 2), jnp.int32)), r"blocks.count.shape=\(1, 2\) must be \(1, 2, 3\)"),
     "index dtype": (blocks(index=jnp.zeros((1, 2, 3, 2))), "blocks.index must be int32, received float32"),
+    "whole": (blocks(whole=jnp.ones((1, 2), jnp.int32)), r"blocks.whole.shape=\(1, 2\) must be \(1, 2, 3\)"),
+    "whole dtype": (blocks(whole=jnp.ones((1, 2, 3))), "blocks.whole must be int32, received float32"),
     "block size": (blocks(block_q=0), "must be positive"),
     "past layout": (
         past(k=jnp.zeros((1, 16, 2, 8)), v=jnp.zeros((1, 16, 2, 8))),
@@ -109,3 +111,21 @@ def test_the_device_describes_itself():
     assert here.kind in platform.describe() and jax.__version__ in platform.describe()
     assert here.nvidia == (here.backend == "gpu" and here.compute_capability is not None)
     assert (here.multiprocessors is not None) == here.nvidia
+
+
+@pytest.mark.parametrize(
+    ("whole", "frame_tokens", "message"),
+    [
+        ([3], None, "whole outside 0..count"),
+        ([-1], 6, "whole outside 0..count"),
+        ([2], 6, "dead tokens among the first `whole`"),
+    ],
+)
+def test_check_block_map_finds_a_wrong_whole(whole, frame_tokens, message):
+    """Blocks 1 and 3 have two dead tokens each where a frame has six."""
+    index, count = np.asarray([[[[2, 3, 0]]]], np.int32), np.full((1, 1, 1), 2, np.int32)
+    with pytest.raises(ValueError, match=message):
+        check_block_map(BlockMap(index, count, 4, 4, np.asarray([[whole]])), 4, frame_tokens)
+    for fine in (0, 1):
+        check_block_map(BlockMap(index, count, 4, 4, np.full((1, 1, 1), fine)), 4, frame_tokens)
+    check_block_map(BlockMap(index, count, 4, 4, count), 4, 8)

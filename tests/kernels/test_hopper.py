@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import platform
 from pallas_kernels.block_sparse import hopper, lists, reference
 from pallas_kernels.block_sparse.hopper_common import Config
+from pallas_kernels.block_sparse.hopper_walk import Walk
 from pallas_kernels.block_sparse.types import BlockMap, Past
 
 
@@ -26,6 +28,7 @@ class Case:
     block_k: int = 64
     width: int = 3
     least: int = 0  # entries of a list at least
+    ordered: bool = False  # lists have blocks with dead tokens last, and say so
     layers: int = 2
     past_gradient: bool = False
     parts: int = 1
@@ -43,6 +46,7 @@ CASES = {
     "ragged, dead tokens, merged lists, a cut wave, batch 2": Case(
         b=2, tq=200, heads=3, past=2, frame=72, block_k=32, width=7, parts=3, multiprocessors=5, past_gradient=True
     ),
+    "lists in order": Case(tq=64, heads=1, chunk=2, frame=72, block_k=32, width=8, least=2, ordered=True),
     "64 queries to a list": Case(tq=200, frame=200, block_q=64, width=6, parts=2, multiprocessors=3),
     "64 queries, 128 keys": Case(tq=192, frame=200, block_q=64, block_k=128, width=3, least=2, past_gradient=True),
     "parts that begin with dead keys, parts that have no others": Case(
@@ -68,8 +72,14 @@ def arguments(case: Case, seed: int = 0):
     shape = (case.b, case.heads, -(-case.tq // case.block_q))
     order = np.argsort(draw.random((*shape, (tk + slots) // case.block_k)), axis=-1)
     count = draw.integers(case.least, case.width + 1, shape)
-    index = jnp.asarray(order[..., : case.width], jnp.int32)
-    return q, k, v, past, BlockMap(index, jnp.asarray(count, jnp.int32), case.block_q, case.block_k), dout
+    index, whole = order[..., : case.width], None
+    if case.ordered:
+        listed, frame = np.arange(case.width) < count[..., None], case.padded // case.block_k
+        kind = np.where(listed, index % frame == frame - 1, 2)
+        index = np.take_along_axis(index, np.argsort(kind, axis=-1, kind="stable"), axis=-1)
+        whole = jnp.asarray((kind == 0).sum(-1), jnp.int32)
+    index, count = jnp.asarray(index, jnp.int32), jnp.asarray(count, jnp.int32)
+    return q, k, v, past, BlockMap(index, count, case.block_q, case.block_k, whole), dout
 
 
 def attend(function, case: Case, seed: int = 0, dtype=None):
@@ -189,9 +199,39 @@ def test_what_the_kernels_are_not_made_for(change):
     assert hopper.unfit(*(arguments(Case())[i] for i in (0, 4))) is None
 
 
+@pytest.mark.parametrize(
+    "tokens, heads, keys, config, cut",
+    [
+        (4608, 12, 3840, Config(multiprocessors=132), (1, 3)),  # 36 tiles are left: three parts of each fill 108 places
+        (4680, 12, 3936, Config(multiprocessors=132), (2, 2)),  # 48 are left: 74 in thirds would take two rounds
+        (4608, 11, 3840, Config(multiprocessors=132), (0, 1)),  # three full waves
+        (4608, 40, 3840, Config(multiprocessors=132), (0, 1)),  # the last wave is nearly full
+        (4608, 12, 384, Config(multiprocessors=132), (0, 1)),  # too short to be worth a join
+        (4608, 12, 384, Config(multiprocessors=132, parts=4), (1, 4)),
+        (4608, 12, 3840, Config(multiprocessors=132, parts=1), (0, 1)),
+        (100, 2, 3840, Config(multiprocessors=132), (2, 8)),
+    ],
+)
+def test_the_last_wave_is_cut_so_that_it_ends_soonest(tokens, heads, keys, config, cut):
+    array = jax.ShapeDtypeStruct
+    q, k = array((1, tokens, heads, 128), jnp.bfloat16), array((1, 2 * keys, heads, 128), jnp.bfloat16)
+    rows = (1, heads, -(-tokens // 128))
+    blocks = BlockMap(array((*rows, keys // 32), jnp.int32), array(rows, jnp.int32), 128, 32)
+    walk = Walk(q, k, k, blocks, None, None, config)
+    assert (walk.cut_heads, walk.parts) == cut
+    assert walk.grid == {"item": walk.uncut + walk.cut_items} and walk.uncut == (heads - cut[0]) * rows[2]
+
+
 def test_config_checks_itself():
-    with pytest.raises(ValueError, match="stages=0"):
-        Config(stages=0)
+    for name in ("stages", "parts", "key_stages", "multiprocessors"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+            Config(**{name: 0})
+
+
+def test_config_takes_the_multiprocessors_of_the_device(monkeypatch):
+    assert Config().multiprocessors == (platform.device().multiprocessors or 132)
+    monkeypatch.setattr(platform, "device", lambda: platform.Device("gpu", "NVIDIA H100 PCIe", (9, 0), 1, 114))
+    assert Config().multiprocessors == 114 and hash(Config()) == hash(Config(multiprocessors=114))
 
 
 def key_blocks(first, number, group):
