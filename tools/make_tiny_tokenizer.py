@@ -6,6 +6,7 @@ The sentences are our own; the same sentencepiece version gives the same file.
 """
 
 import collections
+import contextlib
 import io
 import itertools
 import pathlib
@@ -85,15 +86,15 @@ def seeds(corpus: list[str], longest: int) -> collections.Counter:
 def train() -> bytes:
     model, ours, others = io.BytesIO(), captions(), sentences()
     parts = seeds(ours, longest=20) + seeds(others, longest=2)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".tsv") as file:
-        file.writelines(f"{part}\t{parts[part]}\n" for part in sorted(parts, key=lambda part: (-parts[part], part)))
-        file.flush()
+    lines = "".join(f"{part}\t{parts[part]}\n" for part in sorted(parts, key=lambda part: (-parts[part], part)))
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # the path becomes part of the model
+        pathlib.Path("seeds.tsv").write_text(lines, encoding="utf-8")
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(ours + others),
             model_writer=model,
             model_type="unigram",
             vocab_size=512,
-            seed_sentencepieces_file=file.name,
+            seed_sentencepieces_file="seeds.tsv",
             byte_fallback=True,
             required_chars="".join(sorted(set(string.printable) - set(string.whitespace))),
             normalization_rule_name="identity",
