@@ -137,7 +137,8 @@ def phrase(said: Facts, seed: int) -> str:
         way, *back = said.camera.split(" and ")
         pan = f"{choose(SAID['camera'][True])} {choose(SAID['heading'][way])}"
         sentences.append(f"{pan} {choose(SAID['back'][True])}" if back else pan)
-    return " ".join(sentence[0].upper() + sentence[1:] + "." for sentence in sentences)
+    text = " ".join(sentence[0].upper() + sentence[1:] + "." for sentence in sentences)
+    return text.replace(" a azure", " an azure")
 
 
 def _thing(thing: Thing, choose) -> str:

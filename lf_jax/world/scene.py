@@ -19,7 +19,7 @@ from lf_jax.world.settings import BACKGROUNDS, COLOURS, HEADINGS, SHAPES, SIZES,
 EDGES = 16  # of stripes; more than any room shows
 LAYOUTS = 64  # tries at placing the objects apart
 CLEAR = 0.7  # seconds from the start before an object may bounce, so that its direction shows
-LEAD = 0.35  # seconds before an object may touch a standing wall
+LEAD = 0.5  # seconds before an object may touch a wall, where there is room for that
 
 
 @jax.tree_util.register_dataclass
@@ -166,8 +166,13 @@ def _starts(world: World, scene: Scene, key: Key[Array, ""]) -> Float[Array, "o 
     radius, (vx, vy) = scene.radius, scene.velocity.T
     objects = len(radius)
     coin, place = jax.random.split(key)
-    low = jnp.stack([radius + jnp.maximum(-vx, 0) * CLEAR, radius + jnp.maximum(-vy, 0) * CLEAR], axis=-1)
-    high = jnp.stack([world.aspect - radius - jnp.maximum(vx, 0) * CLEAR, 1 - radius - jnp.maximum(vy, 0) * CLEAR], axis=-1)
+    on_screen = vx - scene.pan
+    left, right = jnp.minimum(vx, on_screen), jnp.maximum(vx, on_screen)
+    entering = LEAD * (scene.wall_speed - vx)  # what a sliding wall gains on an object
+    left = jnp.maximum(jnp.maximum(-left, 0) * CLEAR, jnp.where(scene.wall_speed > 0, entering, 0))
+    right = jnp.maximum(jnp.maximum(right, 0) * CLEAR, jnp.where(scene.wall_speed < 0, -entering, 0))
+    low = radius[:, None] + jnp.stack([left, jnp.maximum(-vy, 0) * CLEAR], axis=-1)
+    high = jnp.array([world.aspect, 1.0]) - radius[:, None] - jnp.stack([right, jnp.maximum(vy, 0) * CLEAR], axis=-1)
 
     # Before a standing wall: on the side from which the object comes, near enough to come out again within the video.
     heads_right = jnp.where(vx == 0, jax.random.bernoulli(coin, shape=(objects,)), vx > 0)
