@@ -33,15 +33,16 @@ def noise_in(x, x0, sigma):
 
 
 def learns(one, name, trained, frozen, batch, config, rate, steps=4):
-    """A few steps of plain descent on one batch and one draw lower the loss."""
+    """A few steps of plain descent on one batch and one draw lower the loss; returns the last gradient."""
 
     @quick
     def step(network):
         gradient, metrics = one.gradients(name, trained | {name: network}, frozen, batch, KEY, config)
-        return jax.tree.map(lambda p, g: p - rate * g, network, gradient), metrics["loss"]
+        return jax.tree.map(lambda p, g: p - rate * g, network, gradient), gradient, metrics["loss"]
 
     network, losses = trained[name], []
     for _ in range(steps):
-        network, loss = step(network)
+        network, gradient, loss = step(network)
         losses.append(float(loss))
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.98 * losses[0], losses
+    return gradient

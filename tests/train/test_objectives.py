@@ -90,8 +90,8 @@ def test_prompts_may_be_token_ids_and_the_empty_prompt_is_encoded():
     encoder, encode = text.UMT5(PART, rngs=nnx.Rngs(0)), quick(text.encode)
     ids, lengths = jnp.array([[5, 6, 1, 0], [7, 1, 0, 0]]), jnp.array([3, 2])
     batch = {"ids": ids, "lengths": lengths}
-    np.testing.assert_array_equal(objective.prompt_embeddings(encoder, batch), encode(encoder, ids, lengths))
     prompt = objective.prompt_embeddings(encoder, batch)
+    np.testing.assert_allclose(prompt, encode(encoder, ids, lengths), atol=1e-6)
     empty = objective.negative_embeddings(encoder, batch, prompt, SHORT)
     want = encode(encoder, jnp.array([[1, 0, 0, 0]]), jnp.array([1]))
     np.testing.assert_allclose(empty, jnp.tile(want, (2, 1, 1)), atol=1e-6)
@@ -101,14 +101,14 @@ def test_prompts_may_be_token_ids_and_the_empty_prompt_is_encoded():
         objective.prompt_embeddings(None, batch)
 
 
-def test_the_text_encoder_can_be_trained_along():
+def test_flow_and_the_text_encoder_learn_together():
     one = Flow(train_text=True, caption_dropout=0.5)
     config = dataclasses.replace(SHORT, text=PART)
     networks = one.build(config, lambda role, component: None, KEY)
     assert float(jnp.abs(networks.trained["model"]["dit"].head.linear.kernel[...]).max()) == 0  # starts by predicting nothing
     trained = {"model": {"dit": NETWORK, "text": networks.trained["model"]["text"]}}
     batch = {"latents": BATCH["latents"], "ids": jnp.array([[5, 6, 1, 0], [7, 1, 0, 0]]), "lengths": jnp.array([3, 2])}
-    gradient, _ = quick(one.gradients, static_argnums=(0, 5))("model", trained, networks.frozen, batch, KEY, config)
+    gradient = learns(one, "model", trained, networks.frozen, batch, config, 0.03)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient["text"]))
     assert jax.tree.structure(gradient) == jax.tree.structure(trained["model"])
     frozen = Flow().build(config, lambda role, component: trained[role].get(component), KEY)
@@ -161,9 +161,9 @@ def test_trajectories_end_where_the_sampler_does(sampler):
     np.testing.assert_array_equal(states[:, 0], x)
     np.testing.assert_allclose(states[:, -1], end, atol=1e-5)
     if sampler == "euler":  # half way, by hand
-        levels = flow.sigma_grid(5.0, 4)
+        levels, velocity_of = flow.sigma_grid(5.0, 4), quick(guided, static_argnames=("config", "scale"))
         for i in range(2):
-            velocity = guided(TEACHER, PROMPT, negative, 3.0, x, jnp.full((2, 6), 1000 * levels[i]), config)
+            velocity = velocity_of(TEACHER, PROMPT, negative, 3.0, x, jnp.full((2, 6), 1000 * levels[i]), config)
             x = x + (levels[i + 1] - levels[i]) * velocity
         np.testing.assert_allclose(states[:, 1], x, atol=1e-5)
         with pytest.raises(ValueError, match="do not pass through the student's timesteps"):
@@ -176,7 +176,7 @@ def test_posterior_is_what_encoding_takes_its_latents_from():
     np.testing.assert_allclose(mean, ENCODE(model, VIDEO) * 2 + 1, atol=1e-5)
     assert log_variance.shape == mean.shape and float(jnp.abs(log_variance - mean).max()) > 1e-3
     made = quick(autoencoder.reconstruct)(model, mean)
-    np.testing.assert_allclose(jnp.clip(made, -1, 1), quick(vae.decode)(model, (mean - 1) / 2), atol=1e-5)
+    np.testing.assert_allclose(jnp.clip(made, -1, 1), quick(vae.decode)(model, (mean - 1) / 2), atol=1e-4)
 
 
 def test_latent_statistics_normalise():
@@ -189,10 +189,6 @@ def test_latent_statistics_normalise():
     np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=1e-4)
     with pytest.raises(ValueError, match="videos are empty"):
         latent_statistics(model, [])
-
-
-def test_flow_learns():
-    learns(Flow(), "model", {"model": {"dit": NETWORK}}, {}, BATCH, SHORT, 0.03)
 
 
 def test_teacher_forcing_learns():
@@ -210,6 +206,7 @@ def test_the_autoencoder_learns():
 
 
 def test_settings_are_checked():
+    tiny = change(vae=dict(kind="tiny", temporal=(True,) * 3))
     for make, rule in (
         (lambda: Flow(caption_dropout=1.5), "caption_dropout=1.5"),
         (lambda: Flow(weighting="flat"), "weighting"),
@@ -220,7 +217,7 @@ def test_settings_are_checked():
         (lambda: Distillation(min_timestep=990.0), "min_timestep=990.0"),
         (lambda: Distillation(score_shift=0.0), "score_shift=0.0"),
         (lambda: Autoencoder(kl=-1.0), "kl=-1.0"),
-        (lambda: Autoencoder().build(change(vae=dict(kind="tiny", temporal=(True,) * 3)), None, KEY), "config.vae.kind"),
+        (lambda: Autoencoder().build(tiny, lambda *name: None, KEY), "config.vae.kind"),
     ):
         with pytest.raises((ValueError, TypeError), match=rule):  # the tests' own checking of types may come first
             make()

@@ -221,11 +221,8 @@ def test_the_critic_learns():
 
 
 def test_distillation_starts_from_given_networks():
-    given = {
-        ("generator", "dit"): NETWORK,
-        ("teacher", "dit"): TEACHER,
-        ("generator", "text"): make_model(),
-    }  # any module will do as the encoder
+    encoder = make_model()  # any module will do
+    given = {("generator", "dit"): NETWORK, ("teacher", "dit"): TEACHER, ("generator", "text"): encoder}
     trained, frozen = Distillation().build(SHORT, lambda *name: given.get(name), KEY)
     assert trained["generator"]["dit"] is NETWORK and frozen == {"teacher": TEACHER, "text": encoder}
     for mine, theirs in zip(*map(jax.tree.leaves, (trained["critic"]["dit"], TEACHER)), strict=True):
