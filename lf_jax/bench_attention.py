@@ -85,11 +85,9 @@ def scene(config: Config) -> Scene:
         ValueError: if attention is dense, or the frames do not make whole chunks.
     """
     check(not config.sparsity.dense, f"{config.sparsity.policy=} has no block lists to time")
-    grid, rollout = Grid.of(config), config.rollout
-    frames = latent_frames(config.video.num_frames, config.vae.temporal_stride)
-    lengths = chunk_lengths(frames, rollout.chunk_frames, rollout.independent_first_frame)
+    grid, lengths = Grid.of(config), _lengths(config)
     model = dataclasses.replace(config.model, layers=min(LAYERS, config.model.layers))
-    cache = kv.empty(model, grid, config.cache, sparse=True, batch=1, frames=frames if len(lengths) > 1 else 0)
+    cache = kv.empty(model, grid, config.cache, sparse=True, batch=1, frames=sum(lengths) if len(lengths) > 1 else 0)
 
     @partial(jax.jit, static_argnums=1)
     def draw(key: Array, frames: int) -> list[Array]:
@@ -110,6 +108,12 @@ def scene(config: Config) -> Scene:
     dense = tuple(_in_sight(x, new, order, grid) for x, new in ((cache.k, k[0]), (cache.v, v[0])))
     found = Scene(q, k, v, [], cache, order, budget, dense)
     return found._replace(lists=_layers(_select, found, grid, config))
+
+
+def _lengths(config: Config) -> tuple[int, ...]:
+    """Frames of every chunk."""
+    frames = latent_frames(config.video.num_frames, config.vae.temporal_stride)
+    return chunk_lengths(frames, config.rollout.chunk_frames, config.rollout.independent_first_frame)
 
 
 def _in_sight(cached: Array, new: Array, order: sparsity.Timeline, grid: Grid) -> Array:
@@ -142,8 +146,7 @@ def measure(config: Config, repeats: int) -> bench.Report:
         jax.block_until_ready(launch())
         first[name] = 1000 * (time.perf_counter() - start)
         runs[name] = Run(launch, jax.block_until_ready, None, "calls")
-    chunk = int(case.cache.end) // config.rollout.chunk_frames
-    rows = []
+    chunk, rows = len(_lengths(config)) - 1, []
     for name, times in timing.by_turns(runs, repeats).items():
         per_layer = [ms / len(case.q) for ms in times]
         rows.append(bench.Row(name, chunk, first[name], statistics.median(per_layer), min(per_layer), max(per_layer)))
@@ -152,12 +155,14 @@ def measure(config: Config, repeats: int) -> bench.Report:
 
 def facts(config: Config, case: Scene, rows: list[bench.Row], repeats: int) -> dict[str, str | int | float]:
     """What a figure must name to mean anything, and the shares that matter."""
-    ms = {row.stage.partition(",")[0]: row.median for row in reversed(rows)}  # of the selections the first
+    ms = {row.stage: row.median for row in rows}
+    chosen = config.sparsity.selection
+    select, dense = ms[f"selection, {chosen}"] if chosen else rows[0].median, rows[-1].median
     grid, kept, seen = Grid.of(config), int(case.budget.blocks), int(case.time.visible.sum())
     return timing.facts(platform.describe(), repeats) | {
         "layer": f"{len(case.q)} layers a launch; {case.q[0].shape[1]} queries, {case.dense[0].shape[1]} keys, "
         f"{config.model.heads} heads of {config.model.head_dim}, {config.model.dtype}, blocks {grid.block_q}x{grid.block_k}, "
         f"budget {kept} of {seen} blocks, {config.sparsity.policy}",
-        "selection / attention": round(ms["selection"] / ms["attention"], 4),
-        "dense / (selection + attention)": round(ms["dense"] / ms["selection + attention"], 2),
+        "selection / attention": round(select / ms["attention"], 4),
+        "dense / (selection + attention)": round(dense / ms["selection + attention"], 2),
     }

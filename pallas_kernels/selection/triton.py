@@ -62,13 +62,13 @@ def scores(queries, keys, order, past, layer, *, tile=(16, 64), depth=16, warps=
 
         def step(i, out):
             feature = (i * depth + jnp.arange(depth))[None, :]
-            a = plt.load(queries_ref.at[row, feature], mask=row < rows, other=0)
+            query = plt.load(queries_ref.at[row, feature], mask=row < rows, other=0)
             # Each key lies in one of two places; the masked half of these loads touches no memory.
-            b = plt.load(chunk_ref.at[jnp.maximum(number - cached, 0), feature], mask=number >= cached, other=0)
+            key = plt.load(chunk_ref.at[jnp.maximum(number - cached, 0), feature], mask=number >= cached, other=0)
             if cached:
                 past_ref, layer_ref = cache
-                b += plt.load(past_ref.at[layer_ref[0], number, feature], mask=number < cached, other=0)
-            return out + lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+                key += plt.load(past_ref.at[layer_ref[0], number, feature], mask=number < cached, other=0)
+            return out + lax.dot_general(query, key, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
 
         out = lax.fori_loop(0, e // depth, step, jnp.zeros(tile, jnp.float32))
         plt.store(out_ref.at[row, column[None, :]], out, mask=(row < rows) & (column < columns)[None, :])
