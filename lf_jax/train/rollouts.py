@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lf_jax import cache as kv
 from lf_jax import flow, solvers
@@ -60,6 +59,9 @@ def causal_pass(
             `x` itself are cached, noisy as it is, which saves the second pass.
         through_cache: whether a chunk's gradient reaches what it reads of the chunks before it.
         remat: as in `dit.forward`.
+
+    Raises:
+        ValueError: if `config.rollout` has guidance, or the frames do not split into chunks.
     """
     lengths, state, text = *_begin(config, keys, x.shape[1]), text_cache(model, prompt)
 
@@ -93,7 +95,7 @@ def self_rollout(
         exits: the step, from 0, whose prediction is the chunk.
 
     Raises:
-        ValueError: if `config.rollout` is not a few-step sampler's, or `frames` does not split into chunks.
+        ValueError: if `config.rollout` is not a few-step sampler's, or the frames do not split into chunks.
     """
     check(config.rollout.sampler == "few_step", f"{config.rollout.sampler=} has no exit steps: expected 'few_step'")
     lengths, state, text = *_begin(config, keys, frames), text_cache(model, prompt)
@@ -226,7 +228,7 @@ def _over_chunks(chunk: Callable, carry: Any, lengths: tuple[int, ...], frames: 
         merged = jnp.moveaxis(leaf, 0, 1)
         return merged.reshape(merged.shape[0], -1, *merged.shape[3:])
 
-    numbers = jnp.arange(done, len(lengths), dtype=np.int32)
+    numbers = jnp.arange(done, len(lengths), dtype=jnp.int32)
     carry, stacked = jax.lax.scan(lambda c, xs: chunk(c, *xs), carry, (numbers, jax.tree.map(stack, frames)))
     results.append(jax.tree.map(join, stacked))
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *results)

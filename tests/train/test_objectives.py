@@ -182,13 +182,15 @@ def test_posterior_is_what_encoding_takes_its_latents_from():
 def test_latent_statistics_normalise():
     model = vae.build(VAE, rngs=nnx.Rngs(0))
     videos = [VIDEO, 0.5 * VIDEO]
-    mean, std = latent_statistics(model, iter(videos))
-    model.config = dataclasses.replace(VAE, mean=mean, std=std)
+    config = dataclasses.replace(SHORT, vae=VAE)
+    model.config = Autoencoder(measured=2).finish(config, {"vae": model}, {}, lambda i: {"video": videos[i]}).vae
     latents = np.concatenate([ENCODE(model, video) for video in videos])
     np.testing.assert_allclose(latents.mean((0, 1, 2, 3)), 0, atol=1e-4)
     np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=1e-4)
     with pytest.raises(ValueError, match="videos are empty"):
         latent_statistics(model, [])
+    with pytest.raises(ValueError, match="expected 'video'"):
+        Autoencoder().gradients("model", {"model": {"vae": model}}, {}, BATCH, KEY, config)
 
 
 def test_teacher_forcing_learns():

@@ -1,7 +1,7 @@
 """The autoencoder: pixels through a distribution over latents and back."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -25,8 +25,7 @@ class Autoencoder:
                     place of a perceptual loss, which would need a pretrained network
         kl          divergence of the latents' distribution from the unit normal, mean over the numbers of a latent
 
-    Latents are not normalised here: measure them afterwards (`latent_statistics`) and put the result into
-    `config.vae.mean` and `config.vae.std`.
+    Latents are not normalised here. What normalises them is measured at the end (`finish`).
     """
 
     l1: float = 1.0
@@ -35,8 +34,10 @@ class Autoencoder:
     edges: float = 0.5
     kl: float = 1e-5
     remat: bool = False  # keep what lies between encoder and decoder only, and compute each again in the gradient
+    measured: int = 16  # batches over which the latents' mean and standard deviation are taken at the end
 
     def __post_init__(self):
+        check(self.measured > 0, f"{self.measured=} must be positive")
         for name in ("l1", "l2", "temporal", "edges", "kl"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
 
@@ -60,7 +61,15 @@ class Autoencoder:
         key: Key[Array, ""],
         config: Config,
     ) -> tuple[Any, dict[str, Array]]:
+        check("video" in batch, f"batch has {sorted(batch)}, expected 'video'")
         return differentiate(self.loss, trained[name], batch["video"], key)
+
+    def finish(
+        self, config: Config, model: dict[str, Any], frozen: dict[str, Any], batch: Callable[[int], dict[str, Array]]
+    ) -> Config:
+        """`config` with the latents' statistics over the batches 0 to `measured`."""
+        mean, std = latent_statistics(model["vae"], (batch(i)["video"] for i in range(self.measured)))
+        return dataclasses.replace(config, vae=dataclasses.replace(config.vae, mean=mean, std=std))
 
     def loss(
         self, model: dict[str, Any], video: Float[Array, "b f p q 3"], key: Key[Array, ""]
