@@ -31,6 +31,7 @@ COMMANDS = {  # imported when called for: each brings its own part of the librar
     "plan": ("lf_jax.commands.plan", "Plan"),
     "doctor": ("lf_jax.commands.doctor", "Doctor"),
     "bench": ("lf_jax.commands.bench", "Bench"),
+    "eval": ("lf_jax.commands.evaluate", "Eval"),
 }
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 

@@ -69,22 +69,8 @@ class Sample:
             note(f"encoding {len(prompts)} prompts")
             encoded = pipeline.encode_prompts(source, pipeline.texts(prompts, config))
         pipe = pipeline.load(self.model, config, seed=self.weights_seed)
-        with progress() as bar:
-            task = bar.add_task("chunks", total=len(video_chunks(config)) * -(-len(pending) // self.batch))
-            for start in range(0, len(pending), self.batch):
-                together = pending[start : start + self.batch]
-                stream = pipe.stream(
-                    [video.prompt for video in together],
-                    seed=[video.seed for video in together],
-                    embeddings=encoded,
-                    initial_image=self.initial_image,
-                    initial_video=self.initial_video,
-                )
-                paths = [self.output / video.name for video in together]
-                write_videos(stream, paths, config.video.fps, lambda: bar.advance(task))
-                for video, path in zip(together, paths, strict=True):
-                    manifest.add(video)
-                    print(path, flush=True)
+        starts = {"initial_image": self.initial_image, "initial_video": self.initial_video}
+        make(pipe, pending, self.batch, encoded, manifest, **starts)
 
     def _prompts(self, config: Config, encoded: text.Embeddings | None) -> tuple[str, ...]:
         """What to sample: the prompts given, or all of an embeddings file but the negative one."""
@@ -94,6 +80,33 @@ class Sample:
         prompts = tuple(p for p in encoded.prompts if not (guided and p == config.video.negative_prompt))
         check(bool(prompts), f"--embeddings {self.embeddings} holds the negative prompt only")
         return prompts
+
+
+def make(
+    pipe: pipeline.Pipeline,
+    videos: Sequence[outputs.Video],
+    batch: int,
+    encoded: text.Embeddings,
+    manifest: outputs.Manifest,
+    **starts: pathlib.Path | None,
+) -> None:
+    """Makes videos in the folder of `manifest`, `batch` at a time, and prints the name of each when it is complete.
+
+    Args:
+        encoded: their prompts, and the negative one under guidance.
+        starts: what the videos begin with, as `Pipeline.stream` takes it.
+    """
+    with progress() as bar:
+        task = bar.add_task("chunks", total=len(video_chunks(pipe.config)) * -(-len(videos) // batch))
+        for start in range(0, len(videos), batch):
+            together = videos[start : start + batch]
+            prompts, seeds = [video.prompt for video in together], [video.seed for video in together]
+            stream = pipe.stream(prompts, seed=seeds, embeddings=encoded, **starts)
+            paths = [manifest.folder / video.name for video in together]
+            write_videos(stream, paths, pipe.config.video.fps, lambda: bar.advance(task))
+            for video, path in zip(together, paths, strict=True):
+                manifest.add(video)
+                print(path, flush=True)
 
 
 def write_videos(
