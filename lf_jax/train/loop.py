@@ -56,7 +56,7 @@ def run(
     began, folder = time.monotonic(), pathlib.Path(folder)
     claim(folder, train)
     config, devices = folders.configure(train), mesh.make(train.mesh)
-    load = folders.Loader(train, config, frozenset(train.data.batch(config, 0, 1)), note)
+    load = folders.Loader(train, config, frozenset(train.data.batch(config, 0, train.batch)), note)
     networks = train.objective.build(config, load, jax.random.key(train.seed))
     now, fixed, assemble = state.begin(train, networks, devices)
     with Checkpoints(folder / "checkpoints", train.keep, note) as checkpoints:

@@ -1,6 +1,5 @@
 """Where arrays lie: a mesh of devices with the axes `data` and `fsdp`."""
 
-import math
 from typing import Any
 
 import jax
@@ -50,8 +49,3 @@ def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 def place(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """Weights on the mesh."""
     return jax.device_put(tree, shardings(mesh, tree))
-
-
-def bytes_on_a_device(tree: Any) -> int:
-    """What the first device of every array holds of them."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -64,7 +64,8 @@ def begin(train: Train, networks: Networks, devices: jax.sharding.Mesh) -> tuple
     create = partial(_create, train)
     out = mesh.shardings(devices, jax.eval_shape(create, parameters))
     state = jax.jit(create, out_shardings=out)(mesh.place(devices, parameters))
-    return state, mesh.place(devices, Fixed(networks.frozen, base)), assemble
+    frozen = jax.tree.map(lambda x: x.astype(train.compute_dtype), networks.frozen)
+    return state, mesh.place(devices, Fixed(frozen, base)), assemble
 
 
 def _adapted(settings: lora.Lora, parameters: dict[str, Array], base: Any) -> Any:
@@ -86,7 +87,7 @@ def _create(train: Train, parameters: dict[str, dict[str, Array]]) -> State:
     return {
         name: Trained(
             copy(parameters[name]),
-            optimizer.direction(settings).init(parameters[name]),
+            optimizer.direction(settings).init(copy(parameters[name])),
             None if settings.ema is None else copy(parameters[name]),
         )
         for name, settings in train.optimizers.items()
