@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from lf_jax.evaluate import figures
 
@@ -32,8 +33,6 @@ def render(results: Mapping[str, Any], videos: Mapping[str, list[pathlib.Path]])
     """
     summary, order = results["summary"], list(results["summary"])
     sparse = {name: part for name, part in summary.items() if "forced" in part}
-    measured = (name for part in summary.values() for name, score in part["scores"].items() if score["mean"] is not None)
-    names = list(dict.fromkeys(measured))
     size = results["video"]["height"], results["video"]["width"]
 
     def over(part: str, name: str) -> dict[str, Mapping]:
@@ -42,25 +41,28 @@ def render(results: Mapping[str, Any], videos: Mapping[str, list[pathlib.Path]])
     def curve(part: str, name: str, across: str, up: str, log: bool = False) -> str:
         return figures.curves(over(part, name), order, across, up, start=0, log=log)
 
-    def all_names(part: str) -> list[str]:
-        return list(dict.fromkeys(name for found in summary.values() for name in found[part]))
+    def measured(part: str) -> list[str]:
+        """The names in a part of the summary of which there is any number."""
+        every = (item for found in summary.values() for item in found[part].items())
+        return list(dict.fromkeys(name for name, value in every if np.isfinite(np.asarray(value["mean"], np.float64)).any()))
 
+    names = sorted(measured("scores"), key=lambda name: name != f"{WORLD}mean")  # first what sums up the others
     reads = {policy: results["forced"][policy][0]["reads"] for policy in sparse}
     return _environment().get_template("page").render(
         results=results,
         summary=summary,
         plain=[name for name in names if not name.startswith(WORLD)],
         world=[name for name in names if name.startswith(WORLD)],
-        labels=LABELS | {name: name.removeprefix(WORLD).replace("_", " ") for name in names if name.startswith(WORLD)},
+        labels=LABELS | {name: name.removeprefix(WORLD) for name in names if name.startswith(WORLD)},
         strips=[
             (case, {policy: figures.film_strip(paths[i], size) for policy, paths in videos.items()})
             for i, case in enumerate(results["prompts"][: len(next(iter(videos.values())))])
         ],
-        chunks=[curve("chunks", name, "chunk", LABELS[name]) for name in all_names("chunks")],
+        chunks=[curve("chunks", name, "chunk", LABELS[name]) for name in measured("chunks")],
         forced=[curve("forced", name, "chunk", up, log) for name, (up, log) in FORCED.items()] if sparse else [],
         heat=figures.heat({policy: part["layers"] for policy, part in sparse.items()}) if sparse else None,
         reading=figures.reading(reads, results["video"]["frame_blocks"]) if sparse else None,
-        seconds=[curve("seconds", name, "second", name.replace("_", " ")) for name in all_names("seconds")],
+        seconds=[curve("seconds", name, "second", name.removeprefix(WORLD)) for name in measured("seconds")],
     )  # fmt: skip
 
 
