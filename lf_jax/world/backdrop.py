@@ -100,8 +100,8 @@ def describe(bands: np.ndarray, whole: np.ndarray) -> tuple[str, tuple[str, ...]
     """Kind and tints of the background of one frame: [band, w, 3] levels and where they count; no tints if it is unlike any."""
     names, palette = list(TINTS), np.array(list(TINTS.values()), np.float32)
 
-    def nearest(levels: np.ndarray) -> np.ndarray:
-        return np.linalg.norm(levels[..., None, :] - palette, axis=-1).argmin(axis=-1)
+    def name(level: np.ndarray) -> str:
+        return names[int(np.linalg.norm(level - palette, axis=1).argmin())]
 
     if not whole.any():
         return "plain", ()
@@ -111,11 +111,11 @@ def describe(bands: np.ndarray, whole: np.ndarray) -> tuple[str, tuple[str, ...]
     columns = np.nanmean(masked[:, whole.any(axis=0)], axis=0)
     spread, by_rows, by_columns = (x.var(axis=0).sum() for x in (cells, rows, columns))
     if spread < PLAIN**2:
-        return "plain", (names[nearest(cells.mean(axis=0))],)
+        return "plain", (name(cells.mean(axis=0)),)
     if by_rows > EXPLAINED * spread:
-        return "gradient", (names[nearest(rows[0])], names[nearest(rows[-1])])
+        return "gradient", (name(rows[0]), name(rows[-1]))
     axis = np.linalg.svd(np.cov(cells.T))[0][:, 0]
     order = np.argsort(cells @ axis)
     few = max(1, round(SHARE * len(cells)))
     ends = (cells[order[:few]].mean(axis=0), cells[order[-few:]].mean(axis=0))
-    return "stripes" if by_columns > EXPLAINED * spread else "checker", tuple(names[nearest(end)] for end in ends)
+    return "stripes" if by_columns > EXPLAINED * spread else "checker", tuple(map(name, ends))

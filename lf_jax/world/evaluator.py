@@ -87,8 +87,8 @@ def evaluate(world: World, video: UInt8[np.ndarray, "f h w 3"], facts: Facts) ->
         frame_scores = {
             "count": _count(facts, found, all_tracks),
             "colour": _colour(facts, found, all_tracks),
-            "shape": _over_things(found, lambda f: _is(f.track.shape, SHAPES.index(f.thing.shape), f.track.clear)),
-            "size": _over_things(found, lambda f: _size(world, f)),
+            "shape": _shape(len(video), found),
+            "size": _size(world, len(video), found),
             "wall": _wall(world, facts, seen, camera),
             "background": _background(world, facts, ground),
             "constancy": _ramp(_mean(np.abs(ground.change)), LEVELS),
@@ -153,10 +153,10 @@ def _match(world: World, facts: Facts, all_tracks: list[Track], seen: Seen, came
     return found
 
 
-def _over_things(found: list[_Found], judge) -> np.ndarray:
-    """Mean over things of what `judge` gives frame by frame; 0 throughout for a thing that is not there."""
-    scores = [judge(f) if f.track.clear.any() else 0 * judge(f) + np.zeros(len(f.excused)) for f in found]
-    return np.nanmean(scores, axis=0)
+def _over_things(frames: int, judged: list[tuple[_Found, np.ndarray]]) -> np.ndarray:
+    """Mean over things, frame by frame; 0 throughout for a thing that is not there."""
+    scores = [values if f.track.clear.any() else np.zeros(frames) for f, values in judged]
+    return np.nanmean(scores, axis=0) if scores else np.full(frames, np.nan)
 
 
 def _count(facts: Facts, found: list[_Found], all_tracks: list[Track]) -> np.ndarray:
@@ -174,11 +174,18 @@ def _colour(facts: Facts, found: list[_Found], all_tracks: list[Track]) -> np.nd
     return np.nanmean(np.where(right, 1.0, np.where(wrong, 0.0, np.nan)), axis=0)
 
 
-def _size(world: World, f: _Found) -> np.ndarray:
-    if f.thing.size is None:
-        return np.full(len(f.excused), np.nan)
+def _shape(frames: int, found: list[_Found]) -> np.ndarray:
+    return _over_things(frames, [(f, _is(f.track.shape, SHAPES.index(f.thing.shape), f.track.clear)) for f in found])
+
+
+def _size(world: World, frames: int, found: list[_Found]) -> np.ndarray:
     between = math.sqrt(world.radii[0][1] * world.radii[1][0])
-    return _is((f.track.radius > between).astype(int), SIZES.index(f.thing.size), np.isfinite(f.track.radius))
+    judged = []
+    for f in found:
+        if f.thing.size is not None:
+            large = (f.track.radius > between).astype(int)
+            judged.append((f, _is(large, SIZES.index(f.thing.size), np.isfinite(f.track.radius))))
+    return _over_things(frames, judged)
 
 
 def _direction(world: World, f: _Found) -> float:

@@ -55,12 +55,12 @@ class Scene:
     said: Leaf  # [b, o, 3] bool: whether the caption says size, speed and heading of an object
     said_of_all: Leaf  # [b, 3] bool: whether it says wall, background and camera
 
-    def __getitem__(self, index: int) -> "Scene":
-        """One scene of a batch."""
+    def __getitem__(self, index: int | slice) -> "Scene":
+        """One scene of a batch, or some."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
-def reflect(x: Array, low: Array | float, high: Array | float) -> Array:
+def reflect(x: Array, low: Leaf, high: Leaf) -> Array:
     """A straight line folded back and forth between `low` and `high`: a triangle wave."""
     span = high - low
     return high - jnp.abs((x - low) % (2 * span) - span)

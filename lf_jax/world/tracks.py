@@ -90,23 +90,24 @@ def hiding(
     late, run = round(LATE * fps), max(3, round(RUN * fps))
     excused, returns = np.zeros(frames, bool), []
     gone = np.flatnonzero(~track.seen[1:] & track.seen[:-1]) + 1
-    for start in gone:
-        stop = start + np.argmax(track.seen[start:]) if track.seen[start:].any() else frames
+    for start in gone.tolist():
+        stop = start + int(np.argmax(track.seen[start:])) if track.seen[start:].any() else frames
         before = _steady(track, start, run)
+        there = [rival for rival in rivals if rival.seen[start]]  # one that comes later may be the same object, changed
         if len(before) == 0:  # in view too shortly to foretell anything
             last = np.broadcast_to(track.place[start - 1], (frames, 2))
-            excused[start:stop] = _covered(last, BESIDE, rivals, wall, camera, world.aspect)[1][start - 1]
+            excused[start:stop] = _covered(last, BESIDE, there, wall, camera, world.aspect)[1][start - 1]
             continue
         path, moves = _continue(world, track, before, camera)
-        by_wall, hidden = _covered(path, np.nanmedian(track.radius[before]), rivals, wall, camera, world.aspect)
+        by_wall, hidden = _covered(path, float(np.nanmedian(track.radius[before])), there, wall, camera, world.aspect)
         lost = hidden[start:] & _outside(path[start:] - camera[start:, None] * (1, 0), world.aspect)
         if moves and np.ptp(camera) > MARGIN and lost.any():
-            hidden[start + np.argmax(lost) :] = True  # where it turns, out of view, cannot be foretold
+            hidden[start + int(np.argmax(lost)) :] = True  # where it turns, out of view, cannot be foretold
         around = slice(max(start - 1, 0), start + late)
         if not hidden[around].any():
             continue
-        first = start + np.argmax(hidden[start:]) if hidden[start:].any() else start
-        back = first + np.argmax(~hidden[first:]) if not hidden[first:].all() else frames
+        first = start + int(np.argmax(hidden[start:])) if hidden[start:].any() else start
+        back = first + int(np.argmax(~hidden[first:])) if not hidden[first:].all() else frames
         excused[start : min(back + late, stop)] = True
         if back < frames and by_wall[around].any():
             kept = _kept(track, path, before, back, late)
