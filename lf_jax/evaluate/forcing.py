@@ -57,25 +57,24 @@ def measure(
     grids = {Grid.of(settings) for settings in policies.values()}
     check(len(grids) == 1, f"policies have {len(grids)} token grids, expected one: {grids}")
     full = dataclasses.replace(some, sparsity=dataclasses.replace(some.sparsity, policy="full"))
-    budgets = {name: _budgets(settings) for name, settings in policies.items()}
+    everything, budgets = _budgets(full), {name: _budgets(settings) for name, settings in policies.items()}
     past, listed = (initial_state(settings, 1, sum(lengths), keys).cache for settings in (dense, full))
     found = {name: {"velocity": [], "recall": [], "worst": [], "density": [], "reads": []} for name in policies}
     for chunk, part in enumerate(np.split(latents, np.cumsum(lengths)[:-1])):
         frames = part.shape[0]
         noisy, velocities = trajectory(model, text, past, keys, np.int32(chunk), dense, part.shape)
-        allowed = {name: _of_chunk(budget, chunk) for name, budget in budgets.items()}
+        visible, allowed = _of_chunk(everything, chunk), {name: _of_chunk(budget, chunk) for name, budget in budgets.items()}
         for name, settings in policies.items():
             errors = velocity_errors(model, text, noisy, velocities, listed, allowed[name], settings)
             found[name]["velocity"].append(nested(errors))
-        everything = _of_chunk(_budgets(full), chunk)
         chosen = tuple(settings.sparsity for settings in policies.values())
-        readings = choices(model, text, noisy, listed, everything, tuple(allowed.values()), full, chosen)
+        readings = choices(model, text, noisy, listed, visible, tuple(allowed.values()), full, chosen)
         for name, reading in zip(policies, readings, strict=True):
             for key, value in _notes(reading, listed, frames).items():
                 found[name][key].append(value)
         context = as_context(jnp.asarray(part)[None], keys, jnp.int32(chunk), dense, None)
         past = _commit(model, text, context, past, None, dense, dense.rollout.context_timestep)
-        listed = _commit(model, text, context, listed, everything, full, dense.rollout.context_timestep)
+        listed = _commit(model, text, context, listed, visible, full, dense.rollout.context_timestep)
     return found
 
 
