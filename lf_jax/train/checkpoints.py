@@ -55,7 +55,7 @@ class Checkpoints:
         """Until the last checkpoint is complete. Then those that are too old go.
 
         Raises:
-            ValueError: if it could not be written.
+            OSError, ValueError: it could not be written.
         """
         self._orbax.wait_until_finished()
         for step in self.steps()[self.keep :]:

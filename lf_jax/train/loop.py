@@ -1,11 +1,13 @@
 """A training run, from the config to the model folder. Started again with the same config it goes on where it was."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,47 +56,56 @@ def run(
             is no longer finite.
     """
     began, folder = time.monotonic(), pathlib.Path(folder)
-    claim(folder, train)
-    config, devices = folders.configure(train), mesh.make(train.mesh)
-    load = folders.Loader(train, config, frozenset(train.data.batch(config, 0, train.batch)), note)
-    networks = train.objective.build(config, load, jax.random.key(train.seed))
-    now, fixed, assemble = state.begin(train, networks, devices)
-    with Checkpoints(folder / "checkpoints", train.keep, note) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(claim(folder, train))
+        config, devices = folders.configure(train), mesh.make(train.mesh)
+        load = folders.Loader(train, config, frozenset(train.data.batch(config, 0, train.batch)), note)
+        networks = train.objective.build(config, load, jax.random.key(train.seed))
+        now, fixed, assemble = state.begin(train, networks, devices)
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", train.keep, note))
         done, now = checkpoints.restore(now)
         if done:
             note(f"going on after step {done} of {train.steps}")
         metrics = Metrics(folder / "metrics.jsonl", done)
         update = state.compiled(train, config, devices, assemble, now)
-        with contextlib.closing(batches(train, config, devices, done)) as feed:
-            ended = done >= train.steps
-            while not ended:
-                for name in train.objective.updates(done):
-                    now, values = update[name](now, fixed, next(feed), np.int32(done))
-                    metrics.add(values, train.batch)
-                done += 1
-                last = done == train.steps
-                ended = last or stop() or (minutes is not None and time.monotonic() - began >= 60 * minutes)
-                report(done, metrics.write(done) if ended or done % train.log_every == 0 else None)
-                if ended or done % train.save_every == 0:
-                    checkpoints.save(done, now)
-    if done >= train.steps:
-        finish(train, config, devices, folder, now, fixed, assemble)
+        feed = stack.enter_context(contextlib.closing(batches(train, config, devices, done)))
+        ended = done >= train.steps
+        while not ended:
+            for name in train.objective.updates(done):
+                now, values = update[name](now, fixed, next(feed), np.int32(done))
+                metrics.add(values, train.batch)
+            done += 1
+            ended = done == train.steps or stop() or (minutes is not None and time.monotonic() - began >= 60 * minutes)
+            saving = ended or done % train.save_every == 0
+            report(done, metrics.write(done) if saving or done % train.log_every == 0 else None)  # raises before NaN is saved
+            if saving:
+                checkpoints.save(done, now)
+        if done >= train.steps:
+            finish(train, config, folder, now[train.main], fixed, assemble[train.main])
     return Outcome(done, done >= train.steps)
 
 
-def claim(folder: pathlib.Path, train: Train) -> None:
-    """Makes the folder one of this run.
+@contextlib.contextmanager
+def claim(folder: pathlib.Path, train: Train) -> Iterator[None]:
+    """Makes the folder one of this run, and for the block, of this process.
 
     Raises:
-        ValueError: if it is another run's; names every field that differs.
+        ValueError: if it is another run's, naming every field that differs, or another process is at it.
     """
-    path, ours = folder / "train.json", describe(train)
-    if path.exists():
-        changed = differences(ours, json.loads(path.read_text()))
-        advice = "give the same options, or another --output"
-        check(not changed, f"{folder} holds a run with another config: {', '.join(changed)}; {advice}")
-    with replaced_file(path) as partial:
-        partial.write_text(json.dumps(ours, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is training in {folder}") from error
+        path, ours = folder / "train.json", describe(train)
+        if path.exists():
+            changed = differences(ours, json.loads(path.read_text()))
+            advice = "give the same options, or another --output"
+            check(not changed, f"{folder} holds a run with another config: {', '.join(changed)}; {advice}")
+        with replaced_file(path) as partial:
+            partial.write_text(json.dumps(ours, indent=1) + "\n")
+        yield
 
 
 def batches(train: Train, config: Config, devices: jax.sharding.Mesh, start: int) -> Iterator[dict[str, Array]]:
@@ -107,20 +118,14 @@ def batches(train: Train, config: Config, devices: jax.sharding.Mesh, start: int
 
 
 def finish(
-    train: Train,
-    config: Config,
-    devices: jax.sharding.Mesh,
-    folder: pathlib.Path,
-    now: state.State,
-    fixed: state.Fixed,
-    assemble: dict[str, state.Assemble],
+    train: Train, config: Config, folder: pathlib.Path, trained: state.Trained, fixed: state.Fixed, assemble: state.Assemble
 ) -> None:
     """Writes the averaged weights of the main network, or the raw ones where none are averaged, as a model folder."""
-    trained = now[train.main]
     parameters = trained.parameters if trained.average is None else trained.average
-    network = assemble[train.main](parameters, fixed.base[train.main])
+    network = assemble(parameters, fixed.base[train.main])
     if hasattr(train.objective, "finish"):
-        config = train.objective.finish(config, network, fixed.frozen, lambda i: train.data.batch(config, i, train.batch))
+        batch = partial(train.data.batch, config, size=train.batch)
+        config = train.objective.finish(config, network, fixed.frozen, batch)
     if train.lora.rank:
         lora.save(folder / "lora.safetensors", parameters, train.lora)
     folders.export(folder / "model", train, config, network)

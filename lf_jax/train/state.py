@@ -143,9 +143,8 @@ def _mean(gradients: Callable, batch: Batch, parts: int, devices: jax.sharding.M
         return jax.tree.map(jnp.add, total, gradients(*inputs)), None
 
     inputs = jax.tree.map(cut, batch), jnp.arange(parts)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], inputs))
-    )
+    sums = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     total, _ = jax.lax.scan(add, zeros, inputs)
     return jax.tree.map(lambda x: x / parts, total)
 

@@ -79,7 +79,7 @@ def assert_same(folder, whole):
 
 def test_a_run_learns_and_says_so(whole):
     found = lines(whole)
-    assert [line["step"] for line in found] == [2, 4, 6, 8]
+    assert [line["step"] for line in found] == [2, 3, 4, 6, 8]  # every second step, and with every checkpoint
     assert set(found[0]) == {
         "step", "time", "seconds", "samples_per_second", "model/loss", "model/grad_norm", "model/learning_rate"
     }  # fmt: skip
@@ -98,15 +98,15 @@ def test_a_killed_run_goes_on_bit_by_bit(base, whole, tmp_path, monkeypatch):
     assert "going on after step 3 of 8" in notes
     assert_same(tmp_path, whole)
     metrics = [{k: v for k, v in line.items() if k.startswith("model/")} for line in lines(tmp_path)]
-    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8]
-    assert metrics[2:] == [{k: v for k, v in line.items() if k.startswith("model/")} for line in lines(whole)][2:]
+    assert [line["step"] for line in lines(tmp_path)] == [2, 3, 4, 6, 8]
+    assert metrics == [{k: v for k, v in line.items() if k.startswith("model/")} for line in lines(whole)]
 
 
 def test_slices_end_with_a_checkpoint_and_a_damaged_one_is_stepped_over(base, whole, tmp_path):
     seen = []
     assert run(plan(base), tmp_path, stop=lambda: len(seen) > 3, report=lambda *said: seen.append(said)) == (5, False)
     assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
-    assert [line["step"] for _, line in seen if line] == [2, 4, 5]
+    assert [line["step"] for _, line in seen if line] == [2, 3, 4, 5]
     damaged = tmp_path / "checkpoints/5/manifest.ocdbt"
     damaged.write_bytes(damaged.read_bytes()[:-9])
     notes = []
@@ -174,7 +174,19 @@ def test_what_init_lacks_or_contradicts_is_named(base, tmp_path):
         run(dataclasses.replace(plan(base), config=wide), tmp_path / "b")
 
 
+def test_a_folder_has_one_process(base, tmp_path):
+    words = []
+
+    def second(step, line):
+        with pytest.raises(ValueError, match=f"another process is training in {tmp_path}"):
+            run(plan(base, steps=1), tmp_path)
+        words.append(step)
+
+    assert run(plan(base, steps=1), tmp_path, report=second) == (1, True)
+    assert words == [1]
+
+
 def test_a_loss_that_breaks_down_is_not_saved(base, tmp_path):
-    with pytest.raises(ValueError, match="training broke down by step 2: model/grad_norm=nan, model/loss=(inf|nan)"):
-        run(plan(base, objective=toy.Sums(scale=float("inf")), save_every=2), tmp_path)
+    with pytest.raises(ValueError, match="training broke down by step 1: model/grad_norm=nan, model/loss=(inf|nan)"):
+        run(plan(base, objective=toy.Sums(scale=float("inf")), save_every=1), tmp_path)
     assert list((tmp_path / "checkpoints").glob("*")) == []
