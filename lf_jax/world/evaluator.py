@@ -283,6 +283,3 @@ def _drift(ground: Backdrop, found: list[_Found], first: slice, part: slice) -> 
         before, after = (np.nanmedian(f.track.radius[c]) for c in clear)
         scores.append(_ramp(abs(np.log(after / before)), GROWTH))
     return float(np.nanmin(scores)) if np.isfinite(scores).any() else math.nan
-
-
-__all__ = ["Scores", "evaluate"]

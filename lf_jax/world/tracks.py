@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from lf_jax.arrays import Bool, Float, Int
-from lf_jax.world.pixels import Blobs, Seen
+from lf_jax.world.pixels import Seen
 from lf_jax.world.settings import AREAS, COLOURS, SHAPES, World
 
 STRIDE = 0.25  # seconds between two places whose difference is a velocity: the noise of places is small beside it
@@ -122,15 +122,11 @@ def _steady(track: Track, start: int, run: int) -> np.ndarray:
     clear = clear[clear > start - 1 - np.argmin(track.seen[:start][::-1])] if not track.seen[:start].all() else clear
     for length in range(min(run, len(clear)), 2, -1):
         frames = clear[-length:]
-        rest = track.place[frames] - _line(frames, track.place[frames])(frames)
+        slope, at = np.polyfit(frames, track.place[frames], 1)
+        rest = track.place[frames] - at - slope * frames[:, None]
         if frames[-1] - frames[0] < 4 * run and np.abs(rest).max() < STRAIGHT:
             return frames
     return clear[:0]
-
-
-def _line(frames: np.ndarray, places: np.ndarray):
-    slope, at = np.polyfit(frames, places, 1)
-    return lambda t: at + slope * np.asarray(t)[:, None]
 
 
 def _continue(world: World, track: Track, before: np.ndarray, camera: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -138,9 +134,7 @@ def _continue(world: World, track: Track, before: np.ndarray, camera: np.ndarray
     t = np.arange(len(track.seen))
     slope, at = np.polyfit(before, track.place[before], 1)
     moves = np.linalg.norm(slope) * world.fps > RESTS
-    path = at + (slope if moves else 0 * slope) * t[:, None]
-    if not moves:
-        path[:] = track.place[before].mean(axis=0)
+    path = at + slope * t[:, None] if moves else np.tile(track.place[before].mean(axis=0), (len(t), 1))
     radius = np.nanmedian(track.radius[before])
     if np.isfinite(radius):
         ends = [(radius, 1 - radius, 1)]
@@ -180,6 +174,3 @@ def _kept(track: Track, path: np.ndarray, before: np.ndarray, back: int, late: i
 
 def _common(shapes: np.ndarray) -> int:
     return int(np.bincount(shapes + 1, minlength=1).argmax()) - 1
-
-
-__all__ = ["Blobs", "Return", "Track", "follow", "hiding", "tracks"]
