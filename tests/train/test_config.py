@@ -1,6 +1,7 @@
 """Configs of training: what they refuse, and how they are told apart."""
 
 import dataclasses
+import pathlib
 
 import pytest
 import toy_training as toy
@@ -73,3 +74,10 @@ def test_a_training_file_is_a_preset_of_its_model_too(tmp_path):
     assert presets.load(path) == toy.CONFIG
     with pytest.raises(ValueError, match="tiny.py must set TRAIN to an lf_jax.train.Train, received NoneType"):
         load("tiny")
+
+
+def test_the_stage_in_the_documentation_loads(tmp_path):
+    text = (pathlib.Path(__file__).parents[2] / "docs/training.md").read_text()
+    (tmp_path / "teacher.py").write_text(text.split("```python\n")[1].split("```")[0])
+    plan = load(tmp_path / "teacher.py")
+    assert plan.config == presets.load("wan_1_3b") and plan.batch == 64 and plan.main == "model"
