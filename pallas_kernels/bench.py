@@ -2,12 +2,12 @@
 
 How it is timed, the same for all: a workload's implementations are compiled first, in one process. Then come `--repeats`
 rounds, in each of which every implementation in turn is launched many times back to back, about 50 ms of work, and waited
-for once at the end; a round gives the wall time divided by the launches. The table has the median over the rounds, in which
-all see the same clocks and temperatures. Work of the host does not count: launches of JAX run ahead of the GPU, those of
-torch are replays of a CUDA graph (where one cannot be captured the table says so). An implementation that kills the process
-is named, and the workload is measured again without it.
+for once at the end; a launch is some calls one after the other, and a round gives the wall time divided by the calls. The
+table has the median over the rounds, in which all see the same clocks and temperatures. Work of the host does not count:
+launches of JAX, one XLA program, run ahead of the GPU, those of torch are replays of a CUDA graph (where one cannot be
+captured the table says so). An implementation that kills the process is named, and the workload is measured again without it.
 
-ms         of one launch: all that a user's call costs on the device, with what prepares the lists and joins partial results
+ms         of one call: all that it costs on the device, with what prepares the lists and joins partial results
 TFLOP/s    over the live tokens of the listed blocks only: two products for the output, five for the gradients
 error      relative L2 distance from the definition in float32, the worst of the first and last head, and for gradients of
            those of queries, keys and values

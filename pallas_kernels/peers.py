@@ -5,7 +5,7 @@ flex    FlexAttention, compiled with every configuration that torch knows tried;
 fa4     FlashAttention-4 with the lists as full blocks and tiles of their size
 
 Each has its inputs in the layout that it likes, keys in one array, before the clock starts, and is launched as a CUDA
-graph, so that the time of its Python code does not count.
+graph of some calls, so that the time of its Python code does not count.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ import torch._functorch.config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from pallas_kernels.runs import Missing, Run, needs_full_lists
+from pallas_kernels.runs import CALLS, Missing, Run, needs_full_lists
 from pallas_kernels.workloads import Case
 
 Array = jax.Array | np.ndarray
@@ -35,17 +35,18 @@ def run(name: str, case: Case) -> Run:
         for _ in range(2):  # compiles
             call()
         stream.synchronize()
-        launch, launched = _captured(call, stream)
-    return Run(launch, lambda outputs: stream.synchronize(), _head, launched)
+        launch, launched, calls = _captured(call, stream)
+    return Run(launch, lambda outputs: stream.synchronize(), _head, launched, calls)
 
 
-def _captured(call: Call, stream: torch.cuda.Stream) -> tuple[Call, str]:
-    """The call as a CUDA graph, or where it cannot be captured as it is; and which of the two."""
+def _captured(call: Call, stream: torch.cuda.Stream) -> tuple[Call, str, int]:
+    """Some calls as one CUDA graph, or where it cannot be captured one as it is; which of the two, and how many calls."""
     graph = torch.cuda.CUDAGraph()
     try:
         # Only this thread: JAX has others, which may allocate meanwhile.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            outputs = call()
+            for _ in range(CALLS):
+                outputs = call()
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         torch.cuda.synchronize()
@@ -57,13 +58,13 @@ def _captured(call: Call, stream: torch.cuda.Stream) -> tuple[Call, str]:
         graph.replay()
         stream.synchronize()
         if all(bool(output.any()) for output in outputs):
-            return partial(_replay, graph, stream, outputs, call), "CUDA graph"
+            return partial(_replay, graph, stream, outputs, call), "CUDA graph", CALLS
 
     def plain():
         with torch.cuda.stream(stream):
             return call()
 
-    return plain, f"calls; as a CUDA graph {reason}"
+    return plain, f"calls; as a CUDA graph {reason}", 1
 
 
 def _replay(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, outputs: Sequence[torch.Tensor], call: Call):

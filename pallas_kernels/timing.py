@@ -22,7 +22,7 @@ VERSIONS = ("jax", "jaxlib", "nvidia-cudnn-cu13", "torch", "triton", "flash-attn
 
 
 def by_turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of one launch of each run, one figure a round.
+    """Milliseconds of one call of each run, one figure a round.
 
     In a round every run in turn is launched back to back, for about `ROUND`, and waited for once at the end. So all see the
     same clocks and temperatures, and work of the host, which runs ahead of the device, does not count.
@@ -30,7 +30,7 @@ def by_turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
     launches = {}
     for name, run in runs.items():
         worker.begin(name)
-        launches[name] = math.ceil(ROUND / seconds(run, 1))
+        launches[name] = math.ceil(ROUND / (run.calls * seconds(run, 1)))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -40,12 +40,12 @@ def by_turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
 
 
 def seconds(run: Run, launches: int) -> float:
-    """Wall time of one of `launches` launches."""
+    """Wall time of one call in `launches` launches."""
     start = time.perf_counter()
     for _ in range(launches):
         outputs = run.launch()
     run.wait(outputs)
-    return (time.perf_counter() - start) / launches
+    return (time.perf_counter() - start) / (launches * run.calls)
 
 
 def device_is_well() -> bool:
@@ -63,7 +63,7 @@ def facts(device: str, rounds: int) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name in VERSIONS if (version := _version(name))),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "timed": f"wall time of back-to-back launches, {1000 * ROUND:.0f} ms a round; median of {rounds} rounds by turns",
+        "timed": f"wall time of back-to-back calls, {1000 * ROUND:.0f} ms a round; median of {rounds} rounds by turns",
     }
 
 

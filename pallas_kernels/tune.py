@@ -25,8 +25,8 @@ from pallas_kernels.worker import Worker, begin, one_line, survivors
 from pallas_kernels.workloads import Workload
 
 SPACE = {  # None: the default
-    "forward": {"stages": (2, 3, 4), "parts": (None, 1, 2, 3, 4)},
-    "backward": {"stages": (2, 3), "parts": (None, 1, 3), "key_stages": (2, 3)},
+    "forward": {"stages": (2, 3, 4)},
+    "backward": {"stages": (2, 3), "key_stages": (2, 3)},
 }
 LONG = 32256  # keys of the workloads that have all lengths of lists
 ACCURACY = 1e-2  # relative L2; a sum of bfloat16 products has 3e-3

@@ -129,15 +129,16 @@ def case(workload: Workload, seed: int = 0) -> Case:
 
     q, dout = (normal(key, work.batch, work.queries) for key in keys[:2])
     k, v = (normal(key, work.batch, old + new) for key in keys[2:4])
-    blocks = BlockMap(*_lists(work, q, k, keys[4]), work.block_q, work.block_k)
+    index, count, whole = _lists(work, q, k, keys[4])
+    blocks = BlockMap(index, count, work.block_q, work.block_k, whole)
     if work.backward or not old:
         return Case(work, q, k, v, None, blocks, dout)
     past = Past(*(jnp.stack([x[:, :old]] * 2) for x in (k, v)), jnp.int32(1))
     return Case(work, q, k[:, old:], v[:, old:], past, blocks, dout)
 
 
-def _lists(work: Workload, q: jax.Array, k: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Index and count of a `BlockMap`."""
+def _lists(work: Workload, q: jax.Array, k: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Index, count and whole of a `BlockMap`: as selection makes them, blocks with dead tokens come last."""
     rows = -(-work.queries // work.block_q)
     shape = (work.batch, work.heads, rows, work.key_blocks)
     if work.full:
@@ -145,7 +146,12 @@ def _lists(work: Workload, q: jax.Array, k: jax.Array, key: jax.Array) -> tuple[
     else:
         scores = jax.random.uniform(key, shape) if work.lists == "random" else _scores(work, q, k)
         index = jax.lax.top_k(scores, work.width)[1].astype(jnp.int32)
-    return index, jnp.full(shape[:3], work.width, jnp.int32)
+    count = jnp.full(shape[:3], work.width, jnp.int32)
+    if not work.padded:
+        return index, count, None
+    ends = index % work.frame_blocks == work.frame_blocks - 1
+    index = jnp.take_along_axis(index, jnp.argsort(ends, axis=-1, stable=True), axis=-1)
+    return index, count, count - ends.sum(-1, dtype=jnp.int32)
 
 
 def _scores(work: Workload, q: jax.Array, k: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from typing import Any
 from pallas_kernels import platform
 
 FOLDER = pathlib.Path(__file__).parent
-FIELDS = ("stages", "parts", "key_stages")  # of a kernel's `Config`
+FIELDS = ("stages", "key_stages")  # of a kernel's `Config`; its parts follow from the number of thread blocks
 DIRECTIONS = ("forward", "backward")
 TILE = 128  # queries of a thread block
 

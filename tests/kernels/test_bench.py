@@ -9,6 +9,7 @@ import sys
 import types
 import weakref
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -79,11 +80,32 @@ def test_the_workloads_of_the_issue_are_there():
         assert work.queries == (4680 if work.frame_tokens == 1560 else 4608)
 
 
+def test_a_launch_is_some_calls_one_after_the_other():
+    program = jax.jit(runs.repeated(lambda x: (jnp.sin(x),)))
+    x = jnp.arange(3.0)
+    text = program.lower((x,)).as_text()
+    assert text.count("stablehlo.sine") == text.count("stablehlo.optimization_barrier") == runs.CALLS
+    assert [outputs[0].tolist() for outputs in program((x,))] == [jnp.sin(x).tolist()] * runs.CALLS
+
+
+@pytest.mark.gpu
+def test_the_compiler_does_not_make_one_of_equal_calls():
+    program = jax.jit(runs.repeated(lambda x: (jnp.sin(x),)))  # XLA for the CPU does
+    assert program.lower((jnp.arange(3.0),)).compile().as_text().count("sine(") == runs.CALLS
+
+
+def test_blocks_with_dead_tokens_come_last_as_selection_lists_them():
+    blocks = workloads.case(RAGGED).blocks
+    ends = blocks.index % RAGGED.frame_blocks == RAGGED.frame_blocks - 1
+    behind = np.arange(RAGGED.width) >= np.asarray(blocks.whole)[..., None]
+    assert (np.asarray(ends) == behind).all() and behind.any()
+
+
 @forms
 def test_xla_and_the_reference_are_timed_and_right(workload):
     rows = bench.measure(workload, ("xla", "reference"), repeats=2)
     for row in rows:
-        assert 0 < row.least <= row.ms <= row.most and row.note == "calls"
+        assert 0 < row.least <= row.ms <= row.most and row.note == "program"
         assert row.tflops == pytest.approx(workloads.case(workload).flops() / row.ms / 1e9)
         assert row.error < 1e-5
 
@@ -255,9 +277,9 @@ def test_a_graph_keeps_the_tensors_that_it_reads(monkeypatch):
         inputs = torch.ones(2)
         return weakref.ref(inputs), *peers._captured(lambda: (output, inputs)[:1], stream)
 
-    inputs, launch, launched = prepared()
+    inputs, launch, launched, calls = prepared()
     gc.collect()
-    assert launched == "CUDA graph" and inputs() is not None
+    assert (launched, calls) == ("CUDA graph", runs.CALLS) and inputs() is not None
     assert launch()[0].tolist() == [1, 1]
     del launch
     gc.collect()

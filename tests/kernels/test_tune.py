@@ -33,10 +33,10 @@ def describe():
 def measure(workload, names, repeats):
     for name in names:
         begin(name)
-        if name == "stages=3 parts=1":
+        if name == "stages=4":
             os._exit(1)
-    times = {name: [1.0 + workload.keep * (1 + abs(int(name[-1].replace("e", "9")) - 3))] * repeats for name in names}
-    return [(name, "too much shared memory" if "stages=4" in name else times[name]) for name in names]
+    times = {name: [1.0 + workload.keep * (1 + abs(int(name[-1]) - 3))] * repeats for name in names}
+    return [(name, "too much shared memory" if name == "stages=2" and workload.full else times[name]) for name in names]
 """
 
 
@@ -78,9 +78,9 @@ def chosen(direction="forward", tokens=4608, block_k=64, width=60):
 
 
 def test_a_call_takes_what_was_measured_for_its_class(folder):
-    write(folder, [entry({"stages": 3, "parts": 2}), entry({"key_stages": 3}, direction="backward")])
-    assert chosen() == {"stages": 3, "parts": 2}
-    assert chosen("backward") == {"key_stages": 3}
+    write(folder, [entry({"stages": 3}), entry({"stages": 2, "key_stages": 3}, direction="backward")])
+    assert chosen() == {"stages": 3}
+    assert chosen("backward") == {"stages": 2, "key_stages": 3}
     assert chosen(width=33) == chosen(width=64) == chosen()  # 2112 and 4096 keys
     for other in (dict(width=32), dict(width=65), dict(block_k=32), dict(tokens=1400), dict(tokens=9216)):
         assert chosen(**other) == {}
@@ -109,7 +109,7 @@ def test_the_table_is_read_once(folder):
 
 
 def test_the_kernels_run_in_the_configuration_of_the_table(folder, monkeypatch):
-    write(folder, [entry({"stages": 4, "parts": 1}, fill=1), entry({"key_stages": 5}, direction="backward", fill=1)])
+    write(folder, [entry({"stages": 4}, fill=1), entry({"key_stages": 5}, direction="backward", fill=1)])
     seen = []
     monkeypatch.setattr(hopper, "attend", lambda kernels, *_: seen.append((kernels.config, kernels.backward_config)))
     q = jax.ShapeDtypeStruct((1, 128 * 133, 1, 128), jnp.bfloat16)
@@ -117,7 +117,7 @@ def test_the_kernels_run_in_the_configuration_of_the_table(folder, monkeypatch):
     blocks = BlockMap(index, count, 128, 64)
     hopper.attention(q, q, q, blocks, None, 1.0, None)
     hopper.attention(q, q, q, blocks, None, 1.0, None, config=Config(parts=2))
-    assert seen == [(Config(stages=4, parts=1), Config(key_stages=5)), (Config(parts=2), Config(parts=2))]
+    assert seen == [(Config(stages=4), Config(key_stages=5)), (Config(parts=2), Config(parts=2))]
 
 
 def text(*configs, break_even=()):
@@ -127,8 +127,8 @@ def text(*configs, break_even=()):
 BROKEN = {
     "no JSON": ("{", "JSONDecodeError"),
     "no entries": ("{}", "KeyError: 'configs'"),
-    "field": (text(entry({"stage": 2})), "unknown field 'stage', expected stages, parts, key_stages"),
-    "value": (text(entry({"parts": 0})), "parts=0 must be an integer of at least 1"),
+    "field": (text(entry({"stage": 2})), "unknown field 'stage', expected stages, key_stages"),
+    "value": (text(entry({"stages": 0})), "stages=0 must be an integer of at least 1"),
     "call": (text(entry({}, direction="up")), "direction='up' must be one of forward, backward"),
     "class": (text(entry({}, fill=1.5)), "fill=1.5 must be an integer"),
     "share": (text(break_even=[dict(block_q=1, block_k=1, share=0)]), r"share=0 must lie in \(0, 1\]"),
@@ -157,14 +157,14 @@ def test_the_sweep_writes_the_fastest_and_keeps_the_rest(fake, capsys):
     assert [e["call"]["head_dim"] for e in content["configs"]] == [64, 128, 128, 128], "the class measured anew is replaced"
     assert [e["call"]["length"] for e in content["configs"][1:]] == [13, 12, 15]
     for e in content["configs"][1:]:
-        assert e["config"] in ({"stages": 2, "parts": 3}, {"stages": 3, "parts": 3})
-        assert e["milliseconds"]["stages=3 parts=1"] == "the process died (exit code 1)"
-        assert e["milliseconds"]["stages=4 parts=2"] == "too much shared memory"
-        assert len(e["milliseconds"]["stages=2 parts=4"]) == 3
+        assert e["config"] == {"stages": 3}
+        assert e["milliseconds"]["stages=4"] == "the process died (exit code 1)"
+        assert (e["milliseconds"]["stages=2"] == "too much shared memory") == ("dense" in e["workload"])
+        assert len(e["milliseconds"]["stages=3"]) == 3
         assert {"device", "versions", "commit", "date", "timed"} == set(e["measured"])
-    assert printed.count("stages=2 parts=3") == 3 and f"table: {fake}" in printed
+    assert printed.count("stages=2") == 3 and f"table: {fake}" in printed
     tuned.table.cache_clear()
-    assert chosen()["parts"] == 3
+    assert chosen() == {"stages": 3}
     # Attention to a share s takes 1 + s: selecting costs 0.46, so it pays up to a share of 0.54.
     assert tuned.break_even(128, 64) == pytest.approx(0.54)
 
@@ -230,16 +230,16 @@ def test_configurations_that_fail_or_are_wrong_are_left_out(folder, monkeypatch)
     def configured(case, config):
         if config.stages == 4:
             raise RuntimeError("too much\nshared memory")
-        return dataclasses.replace(right, head=lambda array, h: right.head(array, h) * (1.5 if config.parts == 4 else 1))
+        return dataclasses.replace(right, head=lambda array, h: right.head(array, h) * (1.5 if config.stages == 3 else 1))
 
     monkeypatch.setattr(runs, "configured", configured)
-    results = dict(tune.measure(work, ["stages=2 parts=1", "stages=4 parts=1", "stages=2 parts=4"], 2))
-    assert len(results["stages=2 parts=1"]) == 2
-    assert results["stages=4 parts=1"] == "RuntimeError: too much shared memory"
-    assert results["stages=2 parts=4"] == "wrong: relative L2 error 5.0e-01"
+    results = dict(tune.measure(work, ["stages=2", "stages=4", "stages=3"], 2))
+    assert len(results["stages=2"]) == 2
+    assert results["stages=4"] == "RuntimeError: too much shared memory"
+    assert results["stages=3"] == "wrong: relative L2 error 5.0e-01"
     monkeypatch.setattr(timing, "device_is_well", lambda: False)
     with pytest.raises(RuntimeError, match="too much"):
-        tune.measure(work, ["stages=4 parts=1"], 1)
+        tune.measure(work, ["stages=4"], 1)
 
 
 @pytest.mark.gpu
