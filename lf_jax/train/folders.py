@@ -49,14 +49,17 @@ class Loader:
         config: of `configure`; the network that will be exported must fit it.
         carried: the names of a batch's arrays.
         note: called with one line about weights that are random.
+        asked: the roles that something was asked for, for `check_used`.
     """
 
     train: Train
     config: Config
     carried: frozenset[str]
     note: Callable[[str], None]
+    asked: set[str] = dataclasses.field(default_factory=set)
 
     def __call__(self, role: str, component: str) -> nnx.Module | None:
+        self.asked.add(role)
         source = self.train.init.get(role)
         if source is None or {"vae": "latents", "text": "text"}.get(component) in self.carried:
             return None
@@ -72,6 +75,11 @@ class Loader:
         if role in EXPORTED:
             self._check(role, source, component, part)
         return checkpoint.build(checkpoint.abstract(part), checkpoint.flatten(module))
+
+    def check_used(self) -> None:
+        """Raises ValueError if `init` names a role that the objective does not have."""
+        unknown = [role for role in self.train.init if role not in self.asked]
+        check(not unknown, f"init has no use for {', '.join(unknown)}: the objective loads {', '.join(sorted(self.asked))}")
 
     def _check(self, role: str, source: str, component: str, part: Part) -> None:
         name = COMPONENT_PARTS[component]

@@ -61,6 +61,7 @@ def run(
         config, devices = folders.configure(train), mesh.make(train.mesh)
         load = folders.Loader(train, config, frozenset(train.data.batch(config, 0, train.batch)), note)
         networks = train.objective.build(config, load, jax.random.key(train.seed))
+        load.check_used()
         now, fixed, assemble = state.begin(train, networks, devices)
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", train.keep, note))
         done, now = checkpoints.restore(now)

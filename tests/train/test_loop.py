@@ -172,6 +172,8 @@ def test_what_init_lacks_or_contradicts_is_named(base, tmp_path):
     wide = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, ffn_dim=32))
     with pytest.raises(ValueError, match="model does not fit its init: text.ffn_dim=32 but 16 in "):
         run(dataclasses.replace(plan(base), config=wide), tmp_path / "b")
+    with pytest.raises(ValueError, match="init has no use for techer: the objective loads model"):
+        run(dataclasses.replace(plan(base), init={"model": str(base), "techer": "tiny"}), tmp_path / "c")
 
 
 def test_a_folder_has_one_process(base, tmp_path):
