@@ -36,7 +36,7 @@ class Sums:
         encoder = load(self.names[0], "text") or UMT5(config.text, rngs=nnx.Rngs(0))
         trained = {self.names[0]: {"text": encoder}}
         for name in self.names[1:]:
-            trained[name] = {"linear": Linear(WIDTH, 1, dtype=jnp.float32, rngs=nnx.Rngs(key))}
+            trained[name] = {"linear": Linear(WIDTH, 1, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(key))}
         return Networks(trained, {"text": encoder})
 
     def updates(self, step: int) -> tuple[str, ...]:
