@@ -28,6 +28,7 @@ def self_attention(
     budget: sparsity.Budget | None,
     grid: Grid,
     settings: config.Sparsity,
+    marginal: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, "b t head e"], ChunkKV]:
     """Attends from a chunk to the visible frames of the cache and to the whole chunk; the cache is only read.
 
@@ -36,6 +37,7 @@ def self_attention(
         layer: which layer of the cache.
         time: the order of the key blocks, `sparsity.timeline` of the chunk; None where `settings` is dense.
         budget: key blocks a query block may visit in this chunk; likewise.
+        marginal: projects what linear attention reads of the blocks that are left out, which is then added (SLA).
 
     Returns:
         The output, and what this layer adds to the cache.
@@ -47,14 +49,15 @@ def self_attention(
     config.check(over == 0, f"q has {q.shape[1]} tokens, expected a multiple of {grid.frame_tokens=}")
     for name, value in (("timeline", time), ("budget", budget)):
         config.check(settings.dense or value is not None, f"policy {settings.policy!r} needs a {name}, received None")
-    new = chunk_kv(k, v, grid, pool=not settings.dense)
+    new = chunk_kv(k, v, grid, pool=not settings.dense, implementation=settings.selection)
     if settings.dense:
         keys, values, length = kv.dense_view(cache, layer, new, frames)
         keys, values = (without_padding(x, grid) for x in (keys, values))
         length = length // grid.padded_frame * grid.frame_tokens
         return dense_attention(q, keys, values, length, settings.implementation), new
     with jax.named_scope("select"):
-        blocks = sparsity.select(sparsity.Inputs(q, new, cache, layer, time, budget, grid, settings))
+        inputs = sparsity.Inputs(q, new, cache, layer, time, budget, grid, settings)
+        blocks = sparsity.select(inputs)
     out = block_sparse_attention(
         q,
         new.k,
@@ -65,6 +68,9 @@ def self_attention(
         frame_tokens=grid.frame_tokens,
         implementation=settings.implementation,
     )
+    if marginal is not None:
+        with jax.named_scope("marginal"):
+            out += marginal(sparsity.linear_attention(inputs, blocks))
     return out, new
 
 
@@ -137,10 +143,17 @@ def dense_attention(
     return DENSE[implementation].run(q, k, v, length)
 
 
-def chunk_kv(k: Float[Array, "b t head e"], v: Float[Array, "b t head e"], grid: Grid, pool: bool) -> ChunkKV:
-    """The keys and values of a chunk as the cache holds them: every frame padded with zeros to whole key blocks."""
+def chunk_kv(
+    k: Float[Array, "b t head e"], v: Float[Array, "b t head e"], grid: Grid, pool: bool, implementation: str | None = None
+) -> ChunkKV:
+    """The keys and values of a chunk as the cache holds them: every frame padded with zeros to whole key blocks.
+
+    Args:
+        pool: whether selection will need the mean keys.
+        implementation: of these means; one of `pallas_kernels.selection`.
+    """
     k, v = (with_padding(x, grid) for x in (k, v))
-    return ChunkKV(k, v, sparsity.pool_keys(k, grid) if pool else None)
+    return ChunkKV(k, v, sparsity.pool_keys(k, grid, implementation) if pool else None)
 
 
 def with_padding(x: Float[Array, "b t head e"], grid: Grid) -> Float[Array, "b padded head e"]:

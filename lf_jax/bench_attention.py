@@ -43,7 +43,7 @@ class Scene(NamedTuple):
 # What is timed of a layer: (scene, number of the layer, grid, settings) -> arrays
 def _select(scene: Scene, layer: int, grid: Grid, settings: Config) -> BlockMap:
     """From rotated queries and keys to lists: pools both, the keys also for the cache."""
-    new = attention.chunk_kv(scene.k[layer], scene.v[layer], grid, pool=True)
+    new = attention.chunk_kv(scene.k[layer], scene.v[layer], grid, pool=True, implementation=settings.sparsity.selection)
     given = scene.cache, jnp.int32(layer), scene.time, scene.budget, grid, settings.sparsity
     return sparsity.select(sparsity.Inputs(scene.q[layer], new, *given))
 

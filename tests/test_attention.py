@@ -107,7 +107,7 @@ def test_a_dense_layer_may_use_a_padded_cache():
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize(("policy", "kernels"), [("light_forcing", "xla"), ("light_forcing", "interpreter"), ("oracle", "xla")])
 def test_gradients_pass_the_attention_but_not_the_choice(policy, kernels, monkeypatch):
-    interpreted = partial(triton.scores, depth=8, interpret=True), partial(triton.choose, interpret=True)
+    interpreted = (partial(kernel, interpret=True) for kernel in (triton.means, triton.scores, triton.choose))
     monkeypatch.setitem(api.IMPLEMENTATIONS, "interpreter", api.Implementation(lambda *call: None, *interpreted))
     g, chosen = grid(policy), dataclasses.replace(settings(policy), selection=kernels)
     cache, keys, values = history("all frames", g, True)

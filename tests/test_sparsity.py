@@ -195,8 +195,8 @@ def test_hierarchical_equals_brute_force(name, budget):
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("name", VIDEOS)
 def test_the_kernels_choose_the_same(name, monkeypatch):
-    scores, choose = partial(triton.scores, depth=8, interpret=True), partial(triton.choose, interpret=True)
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "interpreter", api.Implementation(lambda *call: None, scores, choose))
+    interpreted = (partial(kernel, interpret=True) for kernel in (triton.means, triton.scores, triton.choose))
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "interpreter", api.Implementation(lambda *call: None, *interpreted))
     video, settings = _video(name), dataclasses.replace(HSA, selection="interpreter")
     blocks = _jitted(video, settings, 9)
     assert as_sets(blocks, key_blocks(video)) == brute_force(video, HSA, 9)

@@ -7,8 +7,11 @@ import jax
 from lf_jax import config
 from lf_jax.sparsity.auto import unless_everything
 from lf_jax.sparsity.baselines import full, oracle, random, topk, window
+from lf_jax.sparsity.clusters import svg2
 from lf_jax.sparsity.growth import Budget, chunk_budgets, chunk_sparsities
 from lf_jax.sparsity.hierarchical import light_forcing
+from lf_jax.sparsity.marginal import linear_attention
+from lf_jax.sparsity.published import radial, sla, sta, vmoba
 from lf_jax.sparsity.select import Inputs, Selector, Timeline, pool_keys, timeline
 from pallas_kernels import BlockMap
 
@@ -19,6 +22,11 @@ SELECTORS: dict[str, Selector] = {
     "full": full,
     "random": random,
     "oracle": oracle,
+    "sta": sta,
+    "radial": radial,
+    "vmoba": vmoba,
+    "svg2": svg2,
+    "sla": sla,
 }
 
 
@@ -50,6 +58,7 @@ __all__ = [
     "Timeline",
     "chunk_budgets",
     "chunk_sparsities",
+    "linear_attention",
     "pool_keys",
     "select",
     "selector",

@@ -82,26 +82,27 @@ def live_tokens(grid: Grid) -> np.ndarray:
     return np.clip(grid.frame_tokens - np.arange(grid.frame_blocks) * grid.block_k, 0, grid.block_k)
 
 
-def pool_keys(k: Float[Array, "b padded head e"], grid: Grid) -> Float[Array, "b block head e"]:
-    """The mean key of every block over its live tokens, in float32. The dead tokens of `k` must be zero."""
-    b, _, head, e = k.shape
-    blocks = k.astype(jnp.float32).reshape(b, -1, grid.frame_blocks, grid.block_k, head, e)
-    return (blocks / live_tokens(grid)[:, None, None, None]).sum(3).reshape(b, -1, head, e)
+def pool_keys(
+    k: Float[Array, "b padded head e"], grid: Grid, implementation: str | None = None
+) -> Float[Array, "b block head e"]:
+    """The mean key of every block over its live tokens, in float32. No gradient flows through it."""
+    sizes = np.tile(live_tokens(grid), k.shape[1] // grid.padded_frame).tolist()
+    return selection.block_means(jax.lax.stop_gradient(k), sizes, grid.block_k, implementation=implementation)
 
 
-def pool_queries(q: Float[Array, "b t head e"], block_q: int) -> Float[Array, "b block head e"]:
+def pool_queries(
+    q: Float[Array, "b t head e"], block_q: int, implementation: str | None = None
+) -> Float[Array, "b block head e"]:
     """The mean query of every block, in float32; the last block may be short."""
-    b, t, head, e = q.shape
-    blocks = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, -t % block_q), (0, 0), (0, 0))).reshape(b, -1, block_q, head, e)
-    tokens = np.minimum(block_q, t - np.arange(blocks.shape[1]) * block_q)
-    return (blocks / tokens[:, None, None, None]).sum(2)  # divided first: one kernel, where a quotient of the sum takes two
+    whole, rest = divmod(q.shape[1], block_q)
+    return selection.block_means(q, [block_q] * whole + [rest] * (rest > 0), block_q, implementation=implementation)
 
 
 def block_scores(inputs: Inputs) -> Float[Array, "b head query_block key_block"]:
     """Mean query . mean key, in float32 without scale or softmax; key blocks in the order of `inputs.time`."""
     cache, slots = inputs.cache, inputs.cache.frames
     return selection.block_scores(
-        pool_queries(inputs.q, inputs.grid.block_q),
+        pool_queries(inputs.q, inputs.grid.block_q, inputs.settings.selection),
         inputs.new.pooled,
         inputs.time.blocks,
         past=cache.pooled if slots else None,

@@ -1,6 +1,6 @@
 """The public calls: check their arguments, pick an implementation, run it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,15 +13,37 @@ from pallas_kernels.selection.types import Rule
 
 class Implementation(NamedTuple):
     reason: Callable[..., str | None]  # (head_dim, frames, frame_blocks) -> why it cannot run that here; None if it can
+    means: Callable[..., jax.Array]  # (x, sizes, block) -> means
     scores: Callable[..., jax.Array]  # (queries, keys, order, past, layer) -> scores
     choose: Callable[..., tuple]  # (scores, order, past_frames, budget, rule) -> index, count, whole or None
 
 
 # In order of preference.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "triton": Implementation(triton.reason, triton.scores, triton.choose),
-    "xla": Implementation(lambda *call: None, xla.scores, xla.choose),
+    "triton": Implementation(triton.reason, triton.means, triton.scores, triton.choose),
+    "xla": Implementation(lambda *call: None, xla.means, xla.scores, xla.choose),
 }
+
+
+def block_means(x: jax.Array, sizes: Sequence[int], block: int, *, implementation: str | None = None) -> jax.Array:
+    """The mean of every block of `block` neighbouring tokens, in float32.
+
+    Args:
+        x: [b, t, head, e].
+        sizes: tokens that count of each block, its first ones; the last block may lack the others.
+        implementation: as in `block_scores`.
+
+    Returns:
+        [b, len(sizes), head, e] float32.
+
+    Raises:
+        ValueError: for sizes that do not fit the tokens, or an unknown implementation.
+        NotImplementedError: if the named implementation cannot run this call, with the reason.
+    """
+    _require(all(0 < size <= block for size in sizes), f"{sizes=} must lie in 1..{block}, the tokens of a block")
+    least, most = (len(sizes) - 1) * block + sizes[-1], len(sizes) * block
+    _require(least <= x.shape[1] <= most, f"{x.shape=} must have {least} to {most} tokens for {len(sizes)} blocks of {block}")
+    return _chosen(implementation, x.shape[3], 1, 1).means(x, tuple(sizes), block)
 
 
 def block_scores(

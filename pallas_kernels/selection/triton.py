@@ -1,4 +1,4 @@
-"""Selection as two Triton-lowered Pallas kernels: the scores, and the choice of the best.
+"""Selection as three Triton-lowered Pallas kernels: the means of blocks, the scores, and the choice of the best.
 
 Nothing is sorted. The choice takes one program for each list, which holds its whole row of scores, one frame a row:
 
@@ -41,6 +41,26 @@ def unsupported(head_dim: int | None, frames: int, frame_blocks: int) -> str | N
     return None
 
 
+def means(x, sizes, block, *, warps=4, interpret=False):
+    """See `api.block_means`. `warps`, `interpret`: as in `scores`."""
+    b, _, heads, e = x.shape
+
+    def kernel(sizes_ref, x_ref, out_ref):
+        row, size = jnp.arange(pl.next_power_of_2(block))[:, None], sizes_ref[pl.program_id(0)]
+        tokens = plt.load(x_ref.at[pl.program_id(0) * block + row, jnp.arange(e)[None, :]], mask=row < size, other=0)
+        out_ref[...] = tokens.astype(jnp.float32).sum(0) / size.astype(jnp.float32)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(len(sizes), heads, b),
+        in_specs=[_whole(len(sizes)), pl.BlockSpec((None, x.shape[1], None, e), lambda i, h, b: (b, 0, h, 0))],
+        out_specs=pl.BlockSpec((None, None, None, e), lambda i, h, b: (b, i, h, 0)),
+        out_shape=jax.ShapeDtypeStruct((b, len(sizes), heads, e), jnp.float32),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=interpret,
+    )(jnp.asarray(sizes, jnp.int32), x)
+
+
 def scores(queries, keys, order, past, layer, *, tile=(64, 64), warps=4, interpret=False):
     """See `api.block_scores`.
 
@@ -70,10 +90,10 @@ def scores(queries, keys, order, past, layer, *, tile=(64, 64), warps=4, interpr
         out = lax.dot_general(query, key, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
         plt.store(out_ref.at[row, column[None, :]], out, mask=(row < rows) & (column < columns)[None, :])
 
-    def means(blocks: int) -> pl.BlockSpec:
+    def of_head(blocks: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, blocks, None, e), lambda i, h, b: (b, 0, h, 0))
 
-    arrays, specs = [order, queries, keys], [_whole(columns), means(rows), means(keys.shape[1])]
+    arrays, specs = [order, queries, keys], [_whole(columns), of_head(rows), of_head(keys.shape[1])]
     if cached:
         stack = pl.BlockSpec((past.shape[0], None, cached, None, e), lambda i, h, b: (0, b, 0, h, 0))
         arrays, specs = [*arrays, past, layer.astype(jnp.int32).reshape(1)], [*specs, stack, _whole(1)]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
 from pallas_kernels import BlockMap, check_block_map, platform
-from pallas_kernels.selection import api, block_scores, choose_blocks, explain, triton, xla
+from pallas_kernels.selection import api, block_means, block_scores, choose_blocks, explain, triton, xla
 from pallas_kernels.selection.types import Rule
 
 # pytest shows every deprecation, whatever filter the module has set
@@ -57,6 +57,32 @@ def test_scores_are_products_in_the_order_asked_for(mode, cached, chunk, queries
     found = scored(mode, q, k, order, *stack)
     keys = np.concatenate([past[1], k], axis=1)[:, order]
     np.testing.assert_array_equal(found, np.einsum("bqhe,bkhe->bhqk", q, keys))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("tokens", "block", "sizes"), [(24, 8, (8, 8, 8)), (21, 8, (8, 8, 5)), (24, 6, (6, 2, 6, 2)), (1, 64, (1,))]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_means_are_of_the_tokens_that_count(mode, tokens, block, sizes, dtype):
+    x = jnp.asarray(whole_numbers(np.random.default_rng(0), 2, tokens, 3, 32), dtype)
+    run = {"xla": xla.means, "gpu": triton.means, "interpreter": functools.partial(triton.means, interpret=True)}[mode]
+    expected = [np.asarray(x, np.float64)[:, i * block :][:, :size].mean(1) for i, size in enumerate(sizes)]
+    np.testing.assert_allclose(run(x, sizes, block), np.stack(expected, 1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "message"),
+    [
+        (24, (8, 8), "must have 16 to 16 tokens"),
+        (15, (8, 8), "must have 16"),
+        (16, (8, 9), "must lie in 1..8"),
+        (16, (8, 0), "1..8"),
+    ],
+)
+def test_means_of_blocks_that_do_not_fit_are_refused(tokens, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        block_means(jnp.zeros((1, tokens, 1, 16)), sizes, 8)
 
 
 # frames of the past and of the chunk, blocks of a frame
@@ -185,18 +211,19 @@ def test_scores_that_round_choose_alike():
 
 
 @pytest.mark.parametrize(("size", "block_k", "dead"), [(24, 64, 0), (49, 32, 8)])
-def test_both_kernels_lower_for_a_gpu_at_full_size(size, block_k, dead):
+def test_the_kernels_lower_for_a_gpu_at_full_size(size, block_k, dead):
     rule = Rule(18 * size, 150, size, block_k, dead, 6, 1, 2)
 
-    def select(queries, keys, order, past, number):
+    def select(q, keys, order, past, number):
+        queries = triton.means(q, (64,) * 72, 64)
         return triton.choose(triton.scores(queries, keys, order, past, number), order, number, number, rule)
 
-    means = [jax.ShapeDtypeStruct((*lead, 12, 128), jnp.float32) for lead in ((1, 72), (1, 3 * size), (30, 1, 18 * size))]
+    means = [jax.ShapeDtypeStruct((*lead, 12, 128), jnp.float32) for lead in ((1, 4608), (1, 3 * size), (30, 1, 18 * size))]
     order, number = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((21 * size,), ()))
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         lowered = jax.jit(select).trace(*means[:2], order, means[2], number).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("gpu$xla.gpu.triton") == 2
+    assert lowered.as_text().count("gpu$xla.gpu.triton") == 3
 
 
 CALL = dict(cached=16, width=8, block_q=8, block_k=8, frame_tokens=30)
