@@ -112,25 +112,28 @@ def forward(
 
                 return pl.run_scoped(product, plgpu.ACC((ROWS, tile), jnp.float32))
 
-            def last_values(acc, p, before):
+            def last_values(acc, p):
+                before, (_, width) = slot(n - 1), p.shape
+                values = v_s.at[before, pl.ds(0, width)]
                 plgpu.barrier_wait(v_full.at[before])
                 if interpreted:
-                    acc = acc + dot(p, v_s[before], 0)
+                    acc = acc + dot(p, values[...], 0)
                     plgpu.commit_smem()
                 else:
-                    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_s.at[before]))(plgpu.ACC.init(acc))
+                    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, values))(plgpu.ACC.init(acc))
                 plgpu.barrier_arrive(v_free.at[before])
                 return acc
 
-            def step(i, carry, masked):
-                """Scores of tile i beside the values of tile i - 1."""
+            def step(i, carry, masked, width=tile):
+                """Scores of tile i, its first `width` keys, beside the values of tile i - 1."""
                 acc, m, z, p16 = carry
                 now, before = slot(i), slot(i - 1)
+                keys = k_s.at[now, pl.ds(0, width)]
                 mask = functools.partial(walk.masked, ends=ends(i)) if masked else lambda s: s
                 plgpu.barrier_wait(k_full.at[now])
                 my_turn()
                 if interpreted:
-                    s = dot(qs[...], k_s[now], 1)
+                    s = dot(qs[...], keys[...], 1)
                     plgpu.barrier_wait(v_full.at[before])
                     acc = acc + dot(p16, v_s[before], 0)
                     plgpu.commit_smem()
@@ -143,7 +146,7 @@ def forward(
                         acc_ref, *new_refs = refs
 
                         def inner(s_ref):
-                            plgpu.wgmma(s_ref, qs, k_s.at[now].T)
+                            plgpu.wgmma(s_ref, qs, keys.T)
                             plgpu.barrier_wait(v_full.at[before])
                             plgpu.wgmma(acc_ref, p16, v_s.at[before])
                             your_turn()
@@ -154,10 +157,10 @@ def forward(
                             for ref, value in zip(new_refs, new, strict=True):
                                 ref[...] = value
 
-                        pl.run_scoped(inner, plgpu.ACC((ROWS, tile), jnp.float32))
+                        pl.run_scoped(inner, plgpu.ACC((ROWS, width), jnp.float32))
                         plgpu.wgmma_wait(0)
 
-                    state = (plgpu.ACC.init(acc), m, z, z, zeros((ROWS, tile), config))
+                    state = (plgpu.ACC.init(acc), m, z, z, zeros((ROWS, width), config))
                     acc, m, z, alpha, p = pl.run_state(products)(state)
                 plgpu.barrier_arrive(v_free.at[before])
                 # Rounded after the wait: rounded earlier, every product would be serialised.
@@ -180,9 +183,19 @@ def forward(
                 your_turn()
                 m, z, _, p = softmax(walk.masked(s, first), row(LOWEST), row(0))
                 carry = (zeros((ROWS, D), config), m, z, p.astype(dtype))
+                half = walk.half(stretch) if walk.halves else 0
                 carry = lax.fori_loop(1, clean, functools.partial(step, masked=False), carry)
-                acc, m, z, p16 = lax.fori_loop(clean, n, functools.partial(step, masked=True), carry)
-                acc = last_values(acc, p16, slot(n - 1))
+                acc, m, z, p16 = lax.fori_loop(clean, n - half, functools.partial(step, masked=True), carry)
+
+                def half_tile(_, sums):
+                    acc, m, z, p16_half = step(n - 1, (*sums, p16), masked=True, width=tile // 2)
+                    return last_values(acc, p16_half), m, z
+
+                if walk.halves:
+                    acc, m, z = lax.fori_loop(0, half, half_tile, (acc, m, z))
+                    acc = lax.fori_loop(half, 1, lambda _, acc: last_values(acc, p16), acc)
+                else:
+                    acc = last_values(acc, p16)
                 if walk.streams == 1:
                     pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))  # nobody may arrive unseen
                 inverse = 1 / jnp.maximum(z, 1 / -LOWEST)  # a part may have dead keys only: z is 0, and what it sums

@@ -62,6 +62,7 @@ class Walk:
         self.piece = min(self.block_k, self.tile)
         self.pieces, self.subs = self.tile // self.piece, self.block_k // self.piece  # pieces to a tile, to a block
         self.padded = frame_tokens is not None and frame_tokens % self.block_k > 0  # whether there are dead tokens
+        self.halves = self.tile == QUERIES and self.piece <= ROWS  # half a tile may be of use: the tensor cores take 64 keys
         past_k, past_v, layer, slots = stacked(past, k, v)
         self.cached = slots // self.block_k
         self.arrays = (k, v, past_k, past_v, layer, index, blocks.count, whole)
@@ -101,6 +102,11 @@ class Walk:
         first = lax.select(item.cut, lax.div(item.part * total, self.parts), 0)
         last = lax.select(item.cut, lax.div((item.part + 1) * total, self.parts), total)
         return Stretch(here, entries, first, last - first)
+
+    def half(self, stretch: Stretch) -> Any:
+        """1 where the last tile, and not the first, is filled to a half at most, else 0; `clean` never counts it."""
+        keys = stretch.entries * self.block_k - (stretch.first + stretch.n - 1) * self.tile
+        return lax.convert_element_type((stretch.n > 1) & (keys <= self.tile // 2), jnp.int32)
 
     def slot(self, stream: Any, i: Any) -> Any:
         return stream * self.config.stages + lax.rem(i, self.config.stages)
