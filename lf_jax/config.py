@@ -36,6 +36,7 @@ class Model:
     text_len: int = 512  # text rows attended to; the rows after the prompt count too, as in training
     patch: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows and columns in one token
     eps: float = 1e-6
+    linear_branch: bool = False  # SLA: sparse layers add a projection of linear attention to the blocks that they leave out
     dtype: str = "bfloat16"  # of parameters and activations
 
     def __post_init__(self):

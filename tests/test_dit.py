@@ -255,7 +255,7 @@ def test_modules_hold_parameters_and_plain_numbers_only():
     assert all(type(v) is nnx.Param for v in variables)
     for path, module in nnx.iter_graph(dit):
         for name, value in vars(module).items() if isinstance(module, nnx.Module) else ():
-            plain = name.startswith("_") or isinstance(value, nnx.Module | nnx.Param | config.Model | int | float)
+            plain = name.startswith("_") or isinstance(value, nnx.Module | nnx.Param | config.Model | int | float | None)
             assert plain, f"{path}: {name} = {value!r} may not compare by value, so that every model would compile anew"
 
 

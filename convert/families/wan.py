@@ -26,7 +26,7 @@ def describe(shapes: Mapping[str, Shape], settings: Mapping[str, Any] | None = N
     settings = settings or {}
     names = ("blocks.0.ffn.0.weight", "text_embedding.0.weight", "time_embedding.0.weight", "head.head.weight")
     given = {ours: settings[theirs] for ours, theirs in OPTIONS.items() if theirs in settings}
-    return dimensions(shapes, names, **given)
+    return dimensions(shapes, names, linear_branch="blocks.0.self_attn.proj_l.weight" in shapes, **given)
 
 
 def dimensions(shapes: Mapping[str, Shape], names: tuple[str, str, str, str], **given: Any) -> Model:
@@ -82,6 +82,7 @@ def rules(part: Model) -> tuple[Rule, ...]:
         Rule("blocks.{layer}.norm3.weight", "blocks.cross_norm.scale"),
         Rule("blocks.{layer}.norm3.bias", "blocks.cross_norm.bias"),
         *linear("blocks.{layer}.ffn.{p:0=up|2=down}", "blocks.ffn.{p}"),
+        *(linear("blocks.{layer}.self_attn.proj_l", "blocks.marginal") if part.linear_branch else ()),
         Rule("head.modulation", "head.modulation", ones(1)),
         *linear("head.head", "head.linear"),
     )

@@ -67,6 +67,9 @@ class Block(nnx.Module):
         self.cross_norm = LayerNorm(model.dim, eps=model.eps, dtype=dtype)
         self.cross_attention = Attention(model, rngs=rngs)
         self.ffn = Mlp(model.dim, model.ffn_dim, model.dim, dtype=dtype, rngs=rngs)
+        # What `attend` may add to the attention of the listed blocks, one projection for all heads. Zero changes nothing.
+        nothing, wide = jax.nn.initializers.zeros, (model.head_dim, model.head_dim)
+        self.marginal = Linear(*wide, init=nothing, dtype=dtype, rngs=rngs) if model.linear_branch else None
 
     def __call__(
         self,

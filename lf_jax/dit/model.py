@@ -146,7 +146,7 @@ def forward(
         block, text_k, text_v, index = inputs
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, ChunkKV]:
-            return attention.self_attention(q, k, v, cache, index, order, budget, grid, sparsity)
+            return attention.self_attention(q, k, v, cache, index, order, budget, grid, sparsity, block.marginal)
 
         return block(tokens, modulation, angles, text_k, text_v, attend)
 

@@ -16,11 +16,11 @@ def svg2(inputs: Inputs) -> BlockMap:
     """SVG2's clustering, of blocks: key blocks of the clusters whose centroids promise the most attention.
 
     The paper clusters tokens by k-means, queries and keys apart, estimates what a query cluster pays to a key cluster as
-    tokens * exp(centroid . centroid / sqrt(e)), and takes the best until a share p is reached. To run that, it permutes queries,
-    keys and values so that clusters become contiguous. A cache that is read in place cannot be permuted: every head and layer
-    would need its own order, so a copy of keys and values in every pass, and a cluster would straddle the frames that come and
-    go in the ring. So mean queries and mean keys of blocks are clustered, weighted by their live tokens, and lists name blocks
-    where they lie. The budget takes the place of p: the last cluster is cut to it, the earliest blocks first.
+    tokens * exp(centroid . centroid / sqrt(e)), and takes the best until they have a share p of all. To run that it permutes
+    queries, keys and values so that clusters become contiguous. A cache that is read in place cannot be permuted: every head
+    and layer would need its own order, a copy of keys and values in every pass, and clusters would straddle the frames that
+    come and go in the ring. So the mean queries and mean keys of blocks are clustered, weighted by their live tokens, and lists
+    name blocks where they lie. The budget takes the place of p: the last cluster is cut to it, the earliest blocks first.
 
     K-means starts from blocks evenly spaced in time in every call; the paper goes on from the denoising step before.
     """

@@ -73,8 +73,12 @@ class Loader:
             return None
         part = dataclasses.replace(part, dtype=self.train.compute_dtype)
         if role in EXPORTED:
+            if component == "dit" and self.config.model.linear_branch:  # begins as the zeros that change nothing
+                part = dataclasses.replace(part, linear_branch=True)
             self._check(role, source, component, part)
-        return checkpoint.build(checkpoint.abstract(part), checkpoint.flatten(module))
+        wanted, arrays = checkpoint.abstract(part), checkpoint.flatten(module)
+        shapes = {name: leaf for name, leaf in checkpoint.flatten(wanted).items() if name not in arrays}
+        return checkpoint.build(wanted, arrays | {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()})
 
     def check_used(self) -> None:
         """Raises ValueError if `init` names a role that the objective does not have."""
