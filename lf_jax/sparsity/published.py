@@ -14,7 +14,7 @@ import numpy as np
 
 from lf_jax.arrays import Array, Float
 from lf_jax.sparsity.baselines import topk
-from lf_jax.sparsity.select import Inputs, best_blocks, block_scores, live_tokens
+from lf_jax.sparsity.select import Inputs, best_blocks, block_scores, visible_tokens
 from lf_jax.tokens import Grid
 from pallas_kernels import BlockMap
 
@@ -24,10 +24,10 @@ TIE = 1e-3  # how much nearness in time and space counts among blocks that windo
 def sta(inputs: Inputs) -> BlockMap:
     """Sliding Tile Attention: a box of frames, rows and columns around the query block.
 
-    arXiv 2502.04507: the box is moved, not cut, where it would stick out of the video. The paper searches for the
-    size of every head's box. Here the box has the proportions of what is visible and is as large as the budget, and its last
-    shell is cut to it, the nearest first. The tiles are our blocks, runs of tokens row by row within a frame instead of
-    cuboids; the box of a query block unites those of its tokens, and a key block counts as soon as one of its tokens is in.
+    arXiv 2502.04507: the box is moved, not cut, where it would stick out of the video. The paper searches for the size of every
+    head's box. Here the box has the proportions of what is visible and grows with the budget, to which its last shell is cut,
+    the nearest blocks first. The tiles are our blocks, runs of tokens row by row within a frame instead of cuboids: the box of
+    a query block unites those of its tokens, and a key block counts as soon as one of its tokens is in.
     """
     grid = inputs.grid
     row, column = np.divmod(np.arange(grid.frame_tokens), grid.columns)
@@ -53,9 +53,9 @@ def radial(inputs: Inputs) -> BlockMap:
     """Radial Attention: a band around the token's own place that halves whenever the distance in time doubles.
 
     arXiv 2506.19852: a token at place k of a frame of s tokens sees place l of a frame d frames away where
-    |k - l| + 1 <= c s / 2**floor(log2(max(d, 1))), and the first frame as if it were near. In the paper c is 1; here it is as
-    large as the budget, of equals the nearer frame first. A block sees what one of its tokens sees. The paper's thinner
-    diagonals for bands of less than one token do not occur: that takes more frames than a frame has tokens.
+    |k - l| + 1 <= c s / 2**floor(log2(max(d, 1))), and the first frames (`sink_frames`) as if they were near. In the paper c is
+    1; here it grows with the budget, and of equals the nearer frame comes first. A block sees what one of its tokens sees. The
+    paper's thinned diagonals, for bands below one token, do not occur: they take more frames than a frame has tokens.
     """
     place, sink = np.arange(inputs.grid.frame_tokens), inputs.settings.sink_frames
 
@@ -71,20 +71,18 @@ def radial(inputs: Inputs) -> BlockMap:
 def vmoba(inputs: Inputs) -> BlockMap:
     """VMoBA: the best groups of blocks by mean key; layers group by frame, by place, and by both in turn.
 
-    arXiv 2506.23858: partitions along time, space and both alternate from layer to layer (1-D, 2-D, 3-D). Here a
-    1-D group is a frame, a 2-D group one place in all frames, a 3-D group one place in as many frames as the chunk has; a
-    place is a key block, for columns cannot be told apart within a run of tokens. The paper lets all queries of a head compete
-    for a number of pairs that a threshold on their similarity sets; here every query block gets the budget, so the last
-    group is cut to it, the earliest blocks first. Queries are means over query blocks, not single tokens.
+    arXiv 2506.23858: partitions along time, space and both alternate from layer to layer (1-D, 2-D, 3-D). Here a 1-D group is a
+    frame, a 2-D group one place in all frames, a 3-D group one place in as many frames as the chunk has; a place is a key
+    block, a run of tokens instead of a rectangle. In the paper all queries of a head compete for as many pairs as a threshold
+    on their similarity admits; here every query block gets the budget, to which the last group is cut, the earliest blocks
+    first. Queries are means over query blocks, not single tokens.
     """
-    time, grid = inputs.time, inputs.grid
-    blocks = time.blocks.size
+    time, blocks = inputs.time, inputs.time.blocks.size
     frame, place = jnp.divmod(jnp.arange(blocks), time.frame_blocks)
     frame = _rank(frame, time.past, time.cached // time.frame_blocks)
     span = time.current // time.frame_blocks
     group = jnp.stack([frame, place, frame // span * time.frame_blocks + place])[inputs.layer % 3]
-    tokens = jnp.where(time.visible, _live(grid, blocks), 0.0)
-    member = jax.nn.one_hot(group, blocks) * tokens[:, None]
+    member = jax.nn.one_hot(group, blocks) * visible_tokens(inputs)[:, None]
     sums = jnp.einsum("bhqk,kg->bhqg", block_scores(inputs), member, precision=jax.lax.Precision.HIGHEST)
     return best_blocks(inputs, (sums / jnp.maximum(member.sum(0), 1))[..., group])
 
@@ -138,8 +136,3 @@ def nearest(
 def _rank(frame, past, slots: int):
     """The place among the visible frames of frame `frame` of a timeline; of what is out of sight, any."""
     return frame - (frame >= slots) * (slots - past)
-
-
-def _live(grid: Grid, blocks: int) -> Float[np.ndarray, " {blocks}"]:
-    """Live tokens of all key blocks in the order of time."""
-    return np.tile(live_tokens(grid), blocks // grid.frame_blocks).astype(np.float32)

@@ -82,6 +82,12 @@ def live_tokens(grid: Grid) -> np.ndarray:
     return np.clip(grid.frame_tokens - np.arange(grid.frame_blocks) * grid.block_k, 0, grid.block_k)
 
 
+def visible_tokens(inputs: Inputs) -> Float[Array, " key_block"]:
+    """Live tokens of every key block in the order of time, 0 of blocks out of sight."""
+    live = np.tile(live_tokens(inputs.grid), inputs.time.blocks.size // inputs.grid.frame_blocks)
+    return jnp.where(inputs.time.visible, jnp.asarray(live, jnp.float32), 0.0)
+
+
 def pool_keys(
     k: Float[Array, "b padded head e"], grid: Grid, implementation: str | None = None
 ) -> Float[Array, "b block head e"]:
