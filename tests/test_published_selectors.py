@@ -73,33 +73,45 @@ def smallest_window(query: int, key: int, size: int) -> float:
     raise AssertionError
 
 
-def sliding_tile(video: Video, query: tuple[int, int], key: tuple[int, int]) -> float:
+def sliding_tile(video: Video):
+    """What the mask makes of two frames and of two tokens of a frame, and how large it must be for both."""
     grid, frames = video.grid, len(seen(video))
-    (q_row, q_column), (k_row, k_column) = divmod(query[1], grid.columns), divmod(key[1], grid.columns)
-    time = smallest_window(query[0], key[0], frames) / frames
-    rows = smallest_window(q_row, k_row, grid.rows) / grid.rows
-    columns = smallest_window(q_column, k_column, grid.columns) / grid.columns
-    return max(time, rows, columns) + 1e-3 * (time + max(rows, columns))
+
+    def space(query: int, key: int) -> float:
+        (q_row, q_column), (k_row, k_column) = divmod(query, grid.columns), divmod(key, grid.columns)
+        rows, columns = (q_row, k_row, grid.rows), (q_column, k_column, grid.columns)
+        return max(smallest_window(*axis) / axis[-1] for axis in (rows, columns))
+
+    return (
+        lambda q, k: smallest_window(q, k, frames) / frames,
+        space,
+        lambda time, space: max(time, space) + 1e-3 * (time + space),
+    )
 
 
-def radial_band(video: Video, query: tuple[int, int], key: tuple[int, int]) -> float:
-    """The factor c of the smallest band |k - l| + 1 <= c s / 2**floor(log2 d) that holds the key, in units of 1 / s."""
-    distance = abs(query[0] - key[0])
-    halvings = 0 if key[0] < SETTINGS.sink_frames else int(np.floor(np.log2(max(distance, 1))))
-    return (abs(query[1] - key[1]) + 1) * 2**halvings + distance / len(seen(video))
+def radial_band(video: Video):
+    """Likewise: the factor c of the smallest band |k - l| + 1 <= c s / 2**floor(log2 d) that holds the key, times s."""
+
+    def time(query: int, key: int) -> tuple[int, float]:
+        distance = abs(query - key)
+        halvings = 0 if key < SETTINGS.sink_frames else int(np.floor(np.log2(max(distance, 1))))
+        return 2**halvings, distance / len(seen(video))
+
+    return time, lambda q, k: abs(q - k) + 1, lambda time, width: width * time[0] + time[1]
 
 
 def admitted(video: Video, mask) -> dict:
     """{query block: {block number: how large the mask must be to hold a pair of their tokens}}."""
-    grid, past = video.grid, len(video.visible())
+    grid, past, (time, space, size) = video.grid, len(video.visible()), mask(video)
+    tokens = range(grid.frame_tokens)
+    apart = [[space(query, key) for key in tokens] for query in tokens]
     result = {}
-    for t in range(video.chunk * grid.frame_tokens):
-        sizes = result.setdefault(t // grid.block_q, {})
-        query = (past + t // grid.frame_tokens, t % grid.frame_tokens)
-        for rank in range(past + video.chunk):
-            for token in range(grid.frame_tokens):
-                block = number(video, rank, token // grid.block_k)
-                sizes[block] = min(sizes.get(block, np.inf), mask(video, query, (rank, token)))
+    for frame, rank in ((f, r) for f in range(video.chunk) for r in range(past + video.chunk)):
+        between, numbers = time(past + frame, rank), [number(video, rank, key // grid.block_k) for key in tokens]
+        for query in tokens:
+            sizes = result.setdefault((frame * grid.frame_tokens + query) // grid.block_q, {})
+            for block, distance in zip(numbers, apart[query], strict=True):
+                sizes[block] = min(sizes.get(block, np.inf), size(between, distance))
     return result
 
 
