@@ -1,5 +1,6 @@
 # make test    sets up and runs the tests          make demo   sets up and makes a video from a prompt
 # make lint    ruff, as pre-commit runs it         make clean  removes the environment and the outputs
+# make recipe  trains the model that ships, on a GPU, in 40 minutes or in slices (docs/recipe.md): runs/world
 #
 # PYTHON picks the interpreter. The constraints pin what continuous integration tested on it.
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/py$(VERSION).txt
 OUT ?= outputs/demo
 
-.PHONY: test demo lint clean
+.PHONY: test demo recipe lint clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +34,10 @@ demo: $(VENV)/installed
 	$(BIN)/lf-jax convert umt5 $(OUT)/torch/models_t5_umt5-xxl-enc-bf16.pth $(OUT)/model --preset tiny --overwrite
 	$(BIN)/lf-jax sample --model $(OUT)/model --output $(OUT) --overwrite \
 	    --prompt "A red ball rolls slowly behind a white wall"
+
+# With MINUTES=9 make ends with error 75 until everything is done: give the command again.
+recipe: $(VENV)/installed
+	$(BIN)/python tools/recipe.py $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

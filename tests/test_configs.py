@@ -18,6 +18,12 @@ NUMBERS = {  # preset: tokens a frame, chunks, latent frames
     "light_forcing_long_1_3b": (1536, 21, 63),
     "wan_1_3b": (1560, 1, 21),
     "wan_14b": (3600, 1, 21),
+    "world": (96, 7, 21),
+    "world_vae": (96, 7, 21),
+    "world_teacher": (96, 1, 21),
+    "world_causal": (96, 7, 21),
+    "world_dmd": (96, 7, 21),
+    "world_light_forcing": (96, 7, 21),
 }
 
 
