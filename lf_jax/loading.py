@@ -15,6 +15,7 @@ from lf_jax.text import UMT5, Tokenizer, fingerprint, tiny_model
 
 SPIECE = "spiece.model"  # the tokenizer, beside the text encoder it belongs to
 COMPONENT_PARTS = {"dit": "model", "vae": "vae", "text": "text"}
+SHIPPED = pathlib.Path(__file__).with_name("assets")  # model folders that come with the package, by the preset they are of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,16 @@ class Source:
         return checkpoint.load_component(self.folder, name, dtype=part.dtype)[1]
 
 
+def shipped(source: str | os.PathLike) -> str | os.PathLike:
+    """The model folder of a preset whose weights come with the package; any other source as it is."""
+    folder = SHIPPED / str(source)
+    return folder if presets.is_name(source) and folder.is_dir() else source
+
+
 def find(source: str | os.PathLike, settings: Config | None = None, seed: int | None = None) -> Source:
     """The source of a converted folder or a preset; a preset's name means the preset, `./name` a folder of that name.
+
+    A preset has the weights that come with the package, or random ones.
 
     Args:
         settings: in place of the source's own config. Of the models themselves only the dtype may differ.
@@ -73,6 +82,7 @@ def find(source: str | os.PathLike, settings: Config | None = None, seed: int | 
         ValueError: if there is no such folder or preset, `settings` describe other models than the folder holds, or a
             folder comes with a seed.
     """
+    source = shipped(source)
     own = config_of(source)
     if presets.is_name(source):
         return Source(own if settings is None else settings, None, seed or 0)
@@ -94,6 +104,7 @@ def config_of(source: str | os.PathLike, chosen: Config | None = None) -> Config
     Raises:
         ValueError: if there is no such folder or preset.
     """
+    source = shipped(source)
     if presets.is_name(source):
         own = presets.load(source)
     else:

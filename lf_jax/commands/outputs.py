@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 
-from lf_jax import presets
+from lf_jax import loading, presets
 from lf_jax.checkpoint.replace import replaced_file
 from lf_jax.config import Config, check
 
@@ -97,10 +97,11 @@ def recipe_of(config: Config, model: str, weights_seed: int, inputs: Sequence[pa
     Weights count by the name, size and time of their files, because reading them would take as long as loading them.
     """
     digest = hashlib.sha256(f"{config!r} {weights_seed}".encode())
-    if presets.is_name(model):
+    place = loading.shipped(model)
+    if presets.is_name(place):
         digest.update(model.encode())
     else:
-        files = [(path, path.stat()) for path in sorted(pathlib.Path(model).resolve().glob("*/*"))]
+        files = [(path, path.stat()) for path in sorted(pathlib.Path(place).resolve().glob("*/*"))]
         digest.update(repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files]).encode())
     for path in inputs:
         digest.update(b"none" if path is None else hashlib.sha256(path.read_bytes()).digest())

@@ -17,16 +17,24 @@ from lf_jax.loading import COMPONENT_PARTS
 from lf_jax.train.config import EXPORTED, Train
 
 
+def start(train: Train, role: str) -> str | os.PathLike | None:
+    """The model folder that a role starts from, or a preset that has random weights; None where `init` names nothing."""
+    place = train.init.get(role)
+    return None if place is None else loading.shipped(place)
+
+
 def configure(train: Train) -> Config:
     """The config that a run computes with: everywhere the compute dtype, and the latent statistics of the VAE it starts from.
 
     Raises:
         ValueError: if `init` names what is neither a model folder nor a preset.
     """
-    config, source = train.config, train.init.get(train.main)
-    for place in train.init.values():
+    config, source = train.config, start(train, train.main)
+    for place in map(loading.shipped, train.init.values()):
         known = presets.is_name(place) or bool(checkpoint.components(place))
-        check(known, f"init {place!r} is neither a model folder nor a preset; the presets are {', '.join(presets.names())}")
+        check(
+            known, f"init {str(place)!r} is neither a model folder nor a preset; the presets are {', '.join(presets.names())}"
+        )
     if source is not None and not presets.is_name(source) and "vae" in checkpoint.components(source):
         found = checkpoint.load_part(source, "vae")
         config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, mean=found.mean, std=found.std))
@@ -60,7 +68,7 @@ class Loader:
 
     def __call__(self, role: str, component: str) -> nnx.Module | None:
         self.asked.add(role)
-        source = self.train.init.get(role)
+        source = start(self.train, role)
         if source is None or {"vae": "latents", "text": "text"}.get(component) in self.carried:
             return None
         if presets.is_name(source):
@@ -85,7 +93,7 @@ class Loader:
         unknown = [role for role in self.train.init if role not in self.asked]
         check(not unknown, f"init has no use for {', '.join(unknown)}: the objective loads {', '.join(sorted(self.asked))}")
 
-    def _check(self, role: str, source: str, component: str, part: Part) -> None:
+    def _check(self, role: str, source: str | os.PathLike, component: str, part: Part) -> None:
         name = COMPONENT_PARTS[component]
         ours, theirs = (dataclasses.asdict(one) for one in (getattr(self.config, name), part))
         faults = [
@@ -102,7 +110,7 @@ def export(folder: str | os.PathLike, train: Train, config: Config, network: Map
         network: the trained components. The others are copied from the folder that the run started from.
     """
     config = _with_dtypes(config, {part: getattr(train.config, part).dtype for part in COMPONENT_PARTS.values()})
-    source = train.init.get(train.main)
+    source = start(train, train.main)
     with replaced_folder(folder) as partial:
         for name, module in network.items():
             part = getattr(config, COMPONENT_PARTS[name])
