@@ -51,6 +51,8 @@ def _camera(bands: np.ndarray, whole: np.ndarray) -> np.ndarray:
         return offsets
 
     def difference(t: int, key: int, shift: int) -> float:  # pixel x of frame t shows what x + shift of the key does
+        if abs(shift) >= width:
+            return np.inf
         here, there = slice(max(-shift, 0), width - max(shift, 0)), slice(max(shift, 0), width - max(-shift, 0))
         both = (whole[t, ::2, here] & whole[key, ::2, there]).astype(np.float32)  # every other band is enough
         delta = bands[t, ::2, here] - bands[key, ::2, there]
@@ -59,7 +61,7 @@ def _camera(bands: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
     key, moved, step = 0, 0.0, 0.0
     for t in range(1, frames):
-        guess = round(moved + step)
+        guess = int(np.clip(round(moved + step), -width // 2, width // 2))  # of noise, steps may add up to anything
         costs = [difference(t, key, guess + d) for d in range(-SEARCH, SEARCH + 1)]
         best = int(np.argmin(costs))
         shift = float(guess + best - SEARCH)

@@ -10,6 +10,7 @@ import pytest
 from scipy import ndimage
 
 from lf_jax.world import Facts, Thing, World, evaluate, facts, render, sample
+from lf_jax.world.backdrop import backdrop
 from lf_jax.world.pixels import look
 from lf_jax.world.settings import CAMERAS, COLOURS, SHAPES, WALLS
 
@@ -321,3 +322,10 @@ def test_noise_and_emptiness_score_nothing():
 def test_unfit_videos_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         evaluate(SMALL, np.zeros(shape, np.uint8), Facts((Thing("red", "circle"),)))
+
+
+def test_a_camera_cannot_be_followed_through_noise():
+    for seed in range(8):  # some of these lead further to the side than a frame is wide
+        noise = np.random.default_rng(seed).normal(size=(33, 48, 72, 3)).cumsum(axis=2) * 8 + 128
+        found = backdrop(noise.astype(np.float32), np.ones((33, 48, 72), bool))
+        assert np.isfinite(found.camera).all()
