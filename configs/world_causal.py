@@ -18,9 +18,9 @@ TRAIN = Train(
     },
     config=dataclasses.replace(presets.load("world"), sparsity=Sparsity()),
     init={"model": "runs/world_teacher/model"},
-    steps=1500,
+    steps=1200,
     batch=64,
     accumulate=2,  # the cache of every chunk is kept for the gradient
-    save_every=400,
+    save_every=200,
     log_every=20,
 )

@@ -17,8 +17,8 @@ TRAIN = Train(
     },
     config=dataclasses.replace(presets.load("world"), sparsity=Sparsity()),
     init={"generator": "runs/world_causal/model", "teacher": "runs/world_teacher/model"},
-    steps=2500,
+    steps=2000,
     batch=32,
-    save_every=400,
+    save_every=350,
     log_every=20,
 )

@@ -15,8 +15,8 @@ TRAIN = Train(
     },
     config=presets.load("world"),
     init={"generator": "runs/world_dmd/model", "teacher": "runs/world_teacher/model"},
-    steps=1250,
+    steps=1000,
     batch=32,
-    save_every=400,
+    save_every=350,
     log_every=20,
 )

@@ -21,8 +21,8 @@ TRAIN = Train(
     },
     config=dataclasses.replace(WORLD, sparsity=Sparsity(), rollout=SAMPLING),
     init={"model": "runs/world_vae/model"},
-    steps=5000,
+    steps=4500,
     batch=64,
-    save_every=600,
+    save_every=500,
     log_every=20,
 )

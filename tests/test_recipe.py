@@ -3,8 +3,12 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
-import subprocess
+import signal
+import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -108,14 +112,12 @@ def test_what_is_finished_is_skipped_and_minutes_end_a_slice(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     clock, given = [0.0], []
 
-    def execute(command, env, timeout):
-        given.append((command[3:], timeout))
+    def execute(command, environment, limit):
+        given.append((command[3:], limit))
         clock[0] += 90
-        if "--config" in command:
-            return subprocess.CompletedProcess(command, 0)
-        raise subprocess.TimeoutExpired(command, timeout)
+        return 0 if "--config" in command else recipe.UNFINISHED
 
-    monkeypatch.setattr(recipe.subprocess, "run", execute)
+    monkeypatch.setattr(recipe, "execute", execute)
     monkeypatch.setattr(recipe.time, "monotonic", lambda: clock[0])
     first, second, third = recipe.STAGES[:3]
     (first.folder / "model").mkdir(parents=True)
@@ -129,6 +131,38 @@ def test_what_is_finished_is_skipped_and_minutes_end_a_slice(tmp_path, monkeypat
     assert recipe.run((third,), None) == 0 and given[-1] == ([*third.words, "--output", "runs/world_teacher"], None)
     times = [json.loads(line) for line in recipe.TIMES.read_text().splitlines()]
     assert [one["stage"] for one in times][:2] == ["world_latents", "world_teacher"] and times[0]["seconds"] == 90
+
+
+def test_a_command_is_killed_at_its_limit_and_told_to_end(tmp_path):
+    def execute(program, limit):
+        return recipe.execute([sys.executable, "-c", f"import pathlib, signal, sys, time\n{program}"], os.environ, limit)
+
+    assert execute("sys.exit(3)", None) == 3
+    assert execute("time.sleep(60)", 0.2) == recipe.UNFINISHED
+    ready = tmp_path / "ready"
+
+    def terminate():
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)  # of the terminal's, which the command has too
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    program = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\npathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)"
+    assert execute(program, 60) == 7
+    thread.join()
+
+
+def test_the_page_has_the_numbers_of_the_files():
+    page = (ROOT / "docs/recipe.md").read_text()
+    counts = [plan.count(component.abstract(part)) for part in PARTS]
+    for number in (*counts, sum(counts)):
+        assert f"| {number:,} |" in page
+    for name in TRAININGS:
+        stage = train.load(name)
+        assert f"| `{name}` | {stage.steps} x {stage.batch} |" in page
+    assert all(f"`{stage.name}`" in page for stage in recipe.STAGES) and "10,240 videos" in page
 
 
 # A frame has its 96 tokens and a video 6 latent frames: 2 chunks. What takes time is compilation.
@@ -183,7 +217,7 @@ def test_the_card_says_how_it_was_made(runs):
     for name in TRAININGS:
         plan, stage = train.load(name), json.loads((runs / name / "train.json").read_text())
         assert f"| {name} | 2 | 2 | {plan.seed} | {plan.data.seed} | 0.5 | " in card and stage["steps"] == 2
-    assert "in 4 minutes" in card and "on 1 captions" in card
+    assert "in 4 minutes" in card and "on 1 captions of scenes" in card
     results = json.loads((runs / "world_eval/results.json").read_text())
     count = results["summary"]["light_forcing"]["scores"]["world.count"]["mean"]
     assert f"| light_forcing | {100 * count:.1f} (" in card and "| dense, before Light Forcing | " in card

@@ -13,10 +13,11 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lf_jax.checkpoint.replace import replaced_folder
 from lf_jax.config import check
@@ -83,17 +84,33 @@ def run(stages: Sequence[Stage], minutes: float | None) -> int:
             return UNFINISHED
         print(f"{stage.name}: {' '.join(stage.words)}", file=sys.stderr, flush=True)
         command, began = [sys.executable, "-m", "lf_jax", *stage.command(left)], time.monotonic()
-        try:  # training stops by itself, at a checkpoint; the others lose one shard or one video
-            limit = None if stage.words[0] == "train" else left
-            code = subprocess.run(command, env=environment, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            code = UNFINISHED
+        # Training stops by itself, at a checkpoint; the others lose a shard or a few videos.
+        code = execute(command, environment, None if stage.words[0] == "train" else left)
         RUNS.mkdir(exist_ok=True)
         with TIMES.open("a") as file:
             file.write(json.dumps({"stage": stage.name, "seconds": round(time.monotonic() - began, 1)}) + "\n")
         if code:
             return code
     return 0
+
+
+def execute(command: Sequence[str], environment: Mapping[str, str], limit: float | None) -> int:
+    """The exit code of a command, which is killed after `limit` seconds.
+
+    What to do about a signal is for the command to decide: Ctrl-C reaches it too, SIGTERM is handed on.
+    """
+    process = subprocess.Popen(command, env=environment)
+    handlers = {signal.SIGINT: lambda number, frame: None, signal.SIGTERM: lambda number, frame: process.send_signal(number)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return UNFINISHED
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def assemble() -> None:
@@ -132,7 +149,7 @@ def card(size: int) -> str:
             "|---|---|---|---|---|---|---|",
             *rows,
             "",
-            f"## Scores on {len(ours['prompts'])} captions that it was not trained on, seeds {facts['seeds']}",
+            f"## Scores on {len(ours['prompts'])} captions of scenes that it was not trained on, seeds {facts['seeds']}",
             "",
             "In percent with 95 % bootstrap intervals over prompts; the last column is the share of key blocks that is read.",
             "",
