@@ -10,7 +10,7 @@ from lf_jax.config import Config, check
 from pallas_kernels import platform, selection, tuned
 
 REQUIRED = (
-    "jax", "jaxlib", "flax", "einops", "jaxtyping", "numpy", "ml_dtypes", "safetensors", "optax", "orbax-checkpoint",
+    "jax", "jaxlib", "flax", "einops", "jaxtyping", "numpy", "ml_dtypes", "safetensors", "optax", "scipy", "orbax-checkpoint",
     "sentencepiece", "ftfy", "av", "tyro", "rich",
 )  # fmt: skip
 OPTIONAL = {

@@ -145,7 +145,7 @@ def test_the_doctor_tells_what_was_measured(tmp_path, monkeypatch):
     measured = {"date": "2026-01-02 03:04", "commit": "abc1234"}
     call = dict(direction="forward", block_q=64, block_k=64, head_dim=128, fill=2, length=12)
     content = {
-        "configs": [{"call": call, "config": {"parts": 2}, "measured": measured}],
+        "configs": [{"call": call, "config": {"stages": 3}, "measured": measured}],
         "break_even": [{"block_q": 64, "block_k": 64, "share": 0.62, "measured": measured}],
     }
     tuned.file(kind).write_text(json.dumps(content))

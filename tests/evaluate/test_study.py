@@ -15,7 +15,7 @@ from lf_jax import cli, inputs, loading, world
 from lf_jax.commands.evaluate import Eval
 from lf_jax.evaluate import study
 from lf_jax.evaluate.cases import of_prompts, of_world
-from lf_jax.evaluate.policies import DEFAULT, with_policy
+from lf_jax.evaluate.policies import names, with_policy
 from lf_jax.evaluate.store import Store
 from lf_jax.evaluate.vmaf import find_ffmpeg
 from lf_jax.pipeline import with_frames
@@ -228,4 +228,4 @@ def test_the_commands_of_the_page_of_documentation_parse():
         settings = cli.parse(name, words)
         assert settings.vbench is not None or inputs.video_chunks(with_frames(settings.settings, settings.num_frames))
     for policy in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE):
-        assert policy in DEFAULT
+        assert policy in names()
