@@ -12,8 +12,9 @@ cache has no slots, and the pass that would fill them is left out.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,16 +115,17 @@ def rollout(
         wanted = (draws(config), *noise.shape)
         check(step_noise.shape == wanted, f"step_noise has shape {step_noise.shape}, expected {wanted}")
 
-    def chunk(carry: tuple[KVCache, Array], inputs: tuple[Array, Array | None]) -> tuple[tuple[KVCache, Array], Array]:
-        cache, index = carry
-        latents, cache = next_chunk(
-            model, text, inputs[0], cache, state.keys, index, _budget(state, index), config, inputs[0].shape[1], inputs[1]
-        )
-        return (cache, index + 1), latents
+    def chunk(cache: KVCache, index: Array, inputs: tuple[Array, Array | None]) -> tuple[KVCache, Array]:
+        start, fresh = inputs
+        fresh = None if fresh is None else jnp.moveaxis(fresh, 2, 0)
+        budget = chunk_budget(state, index)
+        latents, cache = next_chunk(model, text, start, cache, state.keys, index, budget, config, start.shape[1], fresh)
+        return cache, latents
 
-    latents, (cache, index) = _over_chunks(chunk, (state.cache, state.chunk), lengths, noise, step_noise)
+    frames = noise, None if step_noise is None else jnp.moveaxis(step_noise, 0, 2)
+    cache, latents = over_chunks(chunk, state.cache, state.chunk, lengths, frames)
     latents = jnp.where(fits, latents, jnp.nan)
-    return latents, dataclasses.replace(state, cache=cache, chunk=index)
+    return latents, dataclasses.replace(state, cache=cache, chunk=state.chunk + len(lengths))
 
 
 def prefill(
@@ -141,14 +143,12 @@ def prefill(
     _check_inputs(text, latents.shape[0], state, config, latents=latents)
     lengths, fits = _admit(latents.shape[1], state, config)
 
-    def chunk(carry: tuple[KVCache, Array], inputs: tuple[Array, None]) -> tuple[tuple[KVCache, Array], Array]:
-        cache, index = carry
-        cache = commit_chunk(model, text, inputs[0], cache, _budget(state, index), config, timestep=0.0)
-        return (cache, index + 1), inputs[0]
+    def chunk(cache: KVCache, index: Array, frames: Array) -> tuple[KVCache, None]:
+        return commit_chunk(model, text, frames, cache, chunk_budget(state, index), config, timestep=0.0), None
 
     latents = jnp.where(fits, latents, jnp.nan)
-    _, (cache, index) = _over_chunks(chunk, (state.cache, state.chunk), lengths, latents, None)
-    return dataclasses.replace(state, cache=cache, chunk=index)
+    cache, _ = over_chunks(chunk, state.cache, state.chunk, lengths, latents)
+    return dataclasses.replace(state, cache=cache, chunk=state.chunk + len(lengths))
 
 
 def stream(
@@ -174,7 +174,7 @@ def stream(
     """
     _check_inputs(text, state.keys.shape[0], state, config, noise=noise)
     lengths, _ = _admit(frames, state, config)
-    shape = (state.keys.shape[0], frames, *_frame_shape(config))
+    shape = (state.keys.shape[0], frames, *frame_shape(config))
     for name, given, wanted in (("noise", noise, shape), ("step_noise", step_noise, (draws(config), *shape))):
         check(
             given is None or given.shape == wanted, f"{name} has shape {given is not None and given.shape}, expected {wanted}"
@@ -219,7 +219,7 @@ def next_chunk(
     step_noise: Float[Array, "draws b f h w c"] | None = None,
 ) -> tuple[Float[Array, "b f h w c"], KVCache]:
     """One chunk of `frames` frames, generated and committed."""
-    shape = (frames, *_frame_shape(config))
+    shape = (frames, *frame_shape(config))
     if noise is None:
         noise = seeded.chunk_noise(keys, chunk, shape)
     latents = denoise_chunk(model, text, noise, cache, keys, chunk, budget, config, step_noise)
@@ -310,38 +310,40 @@ def commit_chunk(
     return kv.append(cache, new, latents.shape[1], config.rollout.chunk_frames)
 
 
-def _over_chunks(chunk, carry, lengths: tuple[int, ...], frames: Array, step_noise: Array | None):
-    """Runs `chunk` over `frames` [b, f, ...] cut into `lengths`: a scan, after a first chunk of another length."""
-    done = lengths[0] if lengths[0] != lengths[-1] else 0
+def over_chunks(chunk: Callable, carry: Any, first: Array | int, lengths: tuple[int, ...], frames: Any) -> tuple[Any, Any]:
+    """Runs `chunk(carry, index, frames of the chunk) -> (carry, result)` over a pytree of [b, f, ...]; joins the results.
+
+    One scan, after a first chunk of another length. `first` is the index of the first chunk.
+    """
+    done = 1 if lengths[0] != lengths[-1] else 0
+    numbers = first + jnp.arange(len(lengths), dtype=jnp.int32)
     results = []
     if done:
-        carry, result = chunk(carry, (frames[:, :done], None if step_noise is None else step_noise[:, :, :done]))
+        carry, result = chunk(carry, numbers[0], jax.tree.map(lambda leaf: leaf[:, : lengths[0]], frames))
         results.append(result)
-    inputs = (
-        _stack(frames[:, done:], lengths[-1], axis=1),
-        None if step_noise is None else _stack(step_noise[:, :, done:], lengths[-1], axis=2),
-    )
-    carry, stacked = jax.lax.scan(chunk, carry, inputs)
-    merged = jnp.moveaxis(stacked, 0, 1)
-    results.append(merged.reshape(merged.shape[0], -1, *merged.shape[3:]))
-    return jnp.concatenate(results, axis=1), carry
+
+    def stack(leaf: Array) -> Array:
+        rest = leaf[:, done * lengths[0] :]
+        return jnp.moveaxis(rest.reshape(rest.shape[0], -1, lengths[-1], *rest.shape[2:]), 1, 0)
+
+    def join(leaf: Array) -> Array:
+        merged = jnp.moveaxis(leaf, 0, 1)
+        return merged.reshape(merged.shape[0], -1, *merged.shape[3:])
+
+    carry, stacked = jax.lax.scan(lambda c, xs: chunk(c, *xs), carry, (numbers[done:], jax.tree.map(stack, frames)))
+    results.append(jax.tree.map(join, stacked))
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *results)
 
 
-def _stack(frames: Array, length: int, axis: int) -> Array:
-    """Cuts the frame axis into chunks and brings the chunks to the front."""
-    cut = frames.reshape(*frames.shape[:axis], -1, length, *frames.shape[axis + 1 :])
-    return jnp.moveaxis(cut, axis, 0)
-
-
-def _frame_shape(config: Config) -> tuple[int, int, int]:
+def frame_shape(config: Config) -> tuple[int, int, int]:
+    """Height, width and channels of a latent frame."""
     grid, (_, down, across) = Grid.of(config), config.model.patch
     return grid.rows * down, grid.columns * across, config.model.channels
 
 
-def _budget(state: RolloutState, chunk: Int[Array, ""]) -> Budget | None:
-    if state.budgets is None:
-        return None
-    return dataclasses.replace(state.budgets, blocks=state.budgets.blocks[chunk])
+def chunk_budget(state: RolloutState, chunk: Int[Array, ""]) -> Budget | None:
+    """The budget of one chunk of the plan."""
+    return None if state.budgets is None else dataclasses.replace(state.budgets, blocks=state.budgets.blocks[chunk])
 
 
 def _admit(frames: int, state: RolloutState, config: Config) -> tuple[tuple[int, ...], Array | bool]:
@@ -372,7 +374,7 @@ def _admit(frames: int, state: RolloutState, config: Config) -> tuple[tuple[int,
 
 def _check_inputs(text: TextCache, batch: int, state: RolloutState, config: Config, **latents: Array | None) -> None:
     """Raises ValueError where text, state and the named latents do not belong to `config` or to each other."""
-    frame, cache, settings = _frame_shape(config), state.cache, config.cache
+    frame, cache, settings = frame_shape(config), state.cache, config.cache
     for name, given in latents.items():
         fits = given is None or (given.ndim == 5 and given.shape[2:] == frame)
         check(fits, f"{name} has shape {given is not None and given.shape}, expected (b, f, {', '.join(map(str, frame))})")

@@ -11,9 +11,7 @@ noisy inputs, the caller's loss gives the derivative by the latents, and `exit_g
 with a gradient of its own. It equals differentiating the loss in one piece.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +23,16 @@ from lf_jax.arrays import Array, Float, Int, Key
 from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.config import Config, check
 from lf_jax.dit.model import TextCache, WanDiT, forward, text_cache
-from lf_jax.rollout import RolloutState, as_context, branches, commit_chunk, initial_state
+from lf_jax.rollout import (
+    RolloutState,
+    as_context,
+    branches,
+    chunk_budget,
+    commit_chunk,
+    frame_shape,
+    initial_state,
+    over_chunks,
+)
 from lf_jax.sparsity import Budget
 from lf_jax.tokens import Grid, chunk_lengths
 
@@ -68,13 +75,13 @@ def causal_pass(
     def chunk(cache: KVCache, index: Array, frames: tuple[Array, Array, Array | None]) -> tuple[KVCache, Array]:
         noisy, times, clean = frames
         past = cache if through_cache else jax.lax.stop_gradient(cache)
-        velocity, new = _network(model, text, noisy, times, past, _budget(state, index), config, remat)
+        velocity, new = _network(model, text, noisy, times, past, chunk_budget(state, index), config, remat)
         if clean is not None:
             clean, times = as_context(clean, keys, index, config, None), jnp.full_like(times, config.rollout.context_timestep)
-            _, new = _network(model, text, clean, times, past, _budget(state, index), config, remat)
+            _, new = _network(model, text, clean, times, past, chunk_budget(state, index), config, remat)
         return kv.append(cache, new, noisy.shape[1], config.rollout.chunk_frames), velocity
 
-    return _over_chunks(chunk, state.cache, lengths, (x, timestep, context))[1]
+    return over_chunks(chunk, state.cache, 0, lengths, (x, timestep, context))[1]
 
 
 def self_rollout(
@@ -105,16 +112,16 @@ def self_rollout(
         def step(number: Array, x: Array) -> Array:
             at = _row(schedule, number)
             times = jnp.broadcast_to(at.timestep, x.shape[:2])
-            velocity, _ = _network(model, text, x, times, cache, _budget(state, index), config)
+            velocity, _ = _network(model, text, x, times, cache, chunk_budget(state, index), config)
             fresh = seeded.step_noise(keys, index, number, x.shape[1:])
             return solvers.step(at, x, velocity, solvers.forget(x), fresh)[0]
 
         x = jax.lax.fori_loop(0, exits[index], step, noise)
-        latents = _exit(model, text, x, cache, _budget(state, index), _row(schedule, exits[index]), config)
+        latents = _exit(model, text, x, cache, chunk_budget(state, index), _row(schedule, exits[index]), config)
         return _commit(model, text, latents, cache, state, index, config), (x, latents)
 
-    noise = seeded.video_noise(keys, 0, lengths, latent_shape(config))
-    return SelfRollout(*_over_chunks(chunk, state.cache, lengths, noise)[1])
+    noise = seeded.video_noise(keys, 0, lengths, frame_shape(config))
+    return SelfRollout(*over_chunks(chunk, state.cache, 0, lengths, noise)[1])
 
 
 def exit_gradient(
@@ -143,20 +150,14 @@ def exit_gradient(
 
         def of(model: WanDiT) -> Array:
             at, text = _row(schedule, exits[index]), text_cache(model, prompt)
-            return _exit(model, text, x, cache, _budget(state, index), at, config, remat)
+            return _exit(model, text, x, cache, chunk_budget(state, index), at, config, remat)
 
         latents, pull = jax.vjp(of, model)
         total = jax.tree.map(jnp.add, total, *pull(by_latents))
         return (_commit(model, text, latents, cache, state, index, config), total), None
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model)
-    return _over_chunks(chunk, (state.cache, zeros), lengths, (inputs, derivative))[0][1]
-
-
-def latent_shape(config: Config) -> tuple[int, int, int]:
-    """Height, width and channels of a latent frame."""
-    stride = config.vae.spatial_stride
-    return config.video.height // stride, config.video.width // stride, config.model.channels
+    return over_chunks(chunk, (state.cache, zeros), 0, lengths, (inputs, derivative))[0][1]
 
 
 def _begin(config: Config, keys: Array, frames: int) -> tuple[tuple[int, ...], RolloutState]:
@@ -198,37 +199,8 @@ def _commit(
     model: WanDiT, text: TextCache, latents: Array, cache: KVCache, state: RolloutState, index: Array, config: Config
 ) -> KVCache:
     context = as_context(latents, state.keys, index, config, None)
-    return commit_chunk(model, text, context, cache, _budget(state, index), config, config.rollout.context_timestep)
-
-
-def _budget(state: RolloutState, index: Array) -> Budget | None:
-    return None if state.budgets is None else dataclasses.replace(state.budgets, blocks=state.budgets.blocks[index])
+    return commit_chunk(model, text, context, cache, chunk_budget(state, index), config, config.rollout.context_timestep)
 
 
 def _row(schedule: solvers.Schedule, number: Array) -> solvers.Schedule:
     return jax.tree.map(lambda column: column[number], schedule)
-
-
-def _over_chunks(chunk: Callable, carry: Any, lengths: tuple[int, ...], frames: Any) -> tuple[Any, Any]:
-    """Runs `chunk(carry, index, frames of the chunk) -> (carry, result)` over a pytree of [b, f, ...]; joins the results.
-
-    One scan, after a first chunk of another length.
-    """
-    done = 1 if lengths[0] != lengths[-1] else 0
-    results = []
-    if done:
-        carry, result = chunk(carry, jnp.int32(0), jax.tree.map(lambda leaf: leaf[:, : lengths[0]], frames))
-        results.append(result)
-
-    def stack(leaf: Array) -> Array:
-        rest = leaf[:, done * lengths[0] :]
-        return jnp.moveaxis(rest.reshape(rest.shape[0], -1, lengths[-1], *rest.shape[2:]), 1, 0)
-
-    def join(leaf: Array) -> Array:
-        merged = jnp.moveaxis(leaf, 0, 1)
-        return merged.reshape(merged.shape[0], -1, *merged.shape[3:])
-
-    numbers = jnp.arange(done, len(lengths), dtype=jnp.int32)
-    carry, stacked = jax.lax.scan(lambda c, xs: chunk(c, *xs), carry, (numbers, jax.tree.map(stack, frames)))
-    results.append(jax.tree.map(join, stacked))
-    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *results)

@@ -14,9 +14,9 @@ from lf_jax import cache as kv
 from lf_jax import flow, rope
 from lf_jax import noise as seeded
 from lf_jax.dit import model as dit
-from lf_jax.rollout import initial_state, rollout
+from lf_jax.rollout import frame_shape, initial_state, rollout
 from lf_jax.tokens import Grid
-from lf_jax.train.rollouts import causal_pass, exit_gradient, latent_shape, self_rollout
+from lf_jax.train.rollouts import causal_pass, exit_gradient, self_rollout
 
 NETWORK = make_model()
 PROMPT = draw(2, 4, MODEL.text_dim, seed=1)
@@ -128,11 +128,11 @@ def test_a_rollout_that_leaves_at_the_last_step_is_the_samplers():
     config = change(sparsity=SPARSE, rollout=dict(context_noise=True, context_timestep=100.0))
     exits = jnp.full((3,), 1, jnp.int32)
     got = quick(self_rollout, static_argnames=("config", "frames"))(NETWORK, PROMPT, KEYS, exits, config, 9)
-    noise = seeded.video_noise(KEYS, 0, (3, 3, 3), latent_shape(config))
+    noise = seeded.video_noise(KEYS, 0, (3, 3, 3), frame_shape(config))
     text, state = dit.text_cache(NETWORK, PROMPT), initial_state(config, 2, 9, KEYS)
     want, _ = quick(rollout, static_argnames="config")(NETWORK, text, noise, state, config)
     np.testing.assert_allclose(got.latents, want, atol=1e-5)
-    assert latent_shape(config) == FRAME
+    assert frame_shape(config) == FRAME
 
 
 def rollout_in_one_piece(model, config, exits, lengths):

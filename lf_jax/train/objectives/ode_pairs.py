@@ -12,6 +12,7 @@ from lf_jax import noise as seeded
 from lf_jax.arrays import Array, Float, Key
 from lf_jax.config import Config, check
 from lf_jax.dit.model import WanDiT
+from lf_jax.rollout import frame_shape
 from lf_jax.tokens import chunk_lengths, latent_frames
 from lf_jax.train.objectives.bidirectional import guided
 from lf_jax.train.objectives.objective import (
@@ -23,7 +24,7 @@ from lf_jax.train.objectives.objective import (
     negative_embeddings,
     prompt_embeddings,
 )
-from lf_jax.train.rollouts import causal_pass, latent_shape
+from lf_jax.train.rollouts import causal_pass
 
 LEVEL_TOLERANCE = 1e-3  # between a student's noise level and the teacher's nearest: UniPC starts that far below pure noise
 
@@ -140,7 +141,7 @@ class OdePairs:
             return solvers.step(at, x, velocity, memory), x
 
         frames = latent_frames(config.video.num_frames, config.vae.temporal_stride)
-        x = seeded.chunk_noise(keys, 0, (frames, *latent_shape(config)))
+        x = seeded.chunk_noise(keys, 0, (frames, *frame_shape(config)))
         (end, _), states = jax.lax.scan(step, (x, solvers.forget(x)), schedule)
         return jnp.moveaxis(jnp.concatenate([states[nearest], end[None]]), 0, 1)
 
