@@ -56,9 +56,7 @@ def attention_mass(inputs: Inputs) -> Float[Array, "b head query_block key_block
     """
     q, grid, visible = inputs.q, inputs.grid, inputs.time.visible
     b, t, head, e = q.shape
-    past = jax.lax.dynamic_index_in_dim(inputs.cache.k, inputs.layer, keepdims=False)
-    keys = jnp.concatenate([past, inputs.new.k], axis=1)
-    keys = keys.reshape(b, -1, grid.block_k, head, e)[:, inputs.time.blocks]
+    keys = inputs.of_layer("k").reshape(b, -1, grid.block_k, head, e)[:, inputs.time.blocks]
     token_lives = jnp.arange(grid.block_k) < jnp.asarray(live_tokens(grid))[:, None]  # [block of a frame, token]
     attended = visible[:, None] & jnp.tile(token_lives, (visible.shape[0] // grid.frame_blocks, 1))
     pad = -t % grid.block_q

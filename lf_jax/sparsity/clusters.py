@@ -26,7 +26,7 @@ def svg2(inputs: Inputs) -> BlockMap:
     """
     time, grid, e = inputs.time, inputs.grid, inputs.q.shape[-1]
     blocks, past = time.blocks.size, time.past * time.frame_blocks
-    keys = jnp.moveaxis(_pooled_keys(inputs), 2, 1)
+    keys = jnp.moveaxis(inputs.of_layer("pooled")[:, time.blocks], 2, 1)
     queries = jnp.moveaxis(pool_queries(inputs.q, grid.block_q, inputs.settings.selection), 2, 1)
     live = visible_tokens(inputs)
     tokens = np.minimum(grid.block_q, inputs.q.shape[1] - np.arange(queries.shape[2]) * grid.block_q).astype(np.float32)
@@ -67,12 +67,3 @@ def kmeans(
         sums = jnp.einsum("bhnc,bhne->bhce", member, points, precision=jax.lax.Precision.HIGHEST)
         centroids = jnp.where(total > 0, sums / jnp.maximum(total, 1), centroids)
     return centroids, label(centroids)
-
-
-def _pooled_keys(inputs: Inputs) -> Float[Array, "b key_block head e"]:
-    """Mean keys in the order of time."""
-    time, new = inputs.time, inputs.new.pooled
-    if time.cached == 0:
-        return new
-    past = jax.lax.dynamic_index_in_dim(inputs.cache.pooled, inputs.layer, keepdims=False)
-    return jnp.concatenate([past, new], axis=1)[:, time.blocks]

@@ -23,11 +23,7 @@ def linear_attention(inputs: Inputs, blocks: BlockMap) -> Float[Array, "b t head
     """
     q, grid = inputs.q, inputs.grid
     b, t, head, e = q.shape
-    layer = (jax.lax.dynamic_index_in_dim(x, inputs.layer, keepdims=False) for x in (inputs.cache.k, inputs.cache.v))
-    keys, values = (
-        jnp.concatenate([past, new], axis=1).astype(jnp.float32).reshape(b, -1, grid.block_k, head, e)
-        for past, new in zip(layer, (inputs.new.k, inputs.new.v), strict=True)
-    )
+    keys, values = (inputs.of_layer(name).astype(jnp.float32).reshape(b, -1, grid.block_k, head, e) for name in ("k", "v"))
     lives = np.arange(grid.block_k) < np.tile(live_tokens(grid), keys.shape[1] // grid.frame_blocks)[:, None]
     features = jax.nn.softmax(keys, axis=-1) * lives[:, :, None, None]
     products = jnp.einsum("bkjhe,bkjhf->bhkef", features, values)

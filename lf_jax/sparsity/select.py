@@ -63,6 +63,11 @@ class Inputs:
     grid: Grid
     settings: config.Sparsity
 
+    def of_layer(self, name: str) -> Array:
+        """The "k", "v" or "pooled" of the layer, [b, .., head, head_dim]: of the cache, then of the chunk, as blocks count."""
+        past = jax.lax.dynamic_index_in_dim(getattr(self.cache, name), self.layer, keepdims=False)
+        return jnp.concatenate([past, getattr(self.new, name)], axis=1)
+
 
 Selector = Callable[[Inputs], BlockMap]
 
