@@ -2,7 +2,7 @@
 
 Every row is the time of one layer. A launch computes some layers, each with its own queries, keys and values and its own
 layer of the cache, so that no layer finds in the GPU's caches what only another has put there, and Python's part of a
-launch, which may take longer than a selection, is shared. Rows are timed by turns, as `pallas_kernels.bench` does it.
+launch, which may take longer than a selection, is shared. Rows are timed as `pallas_kernels.bench` does it.
 """
 
 import dataclasses
@@ -147,7 +147,7 @@ def measure(config: Config, repeats: int) -> bench.Report:
         first[name] = 1000 * (time.perf_counter() - start)
         runs[name] = Run(launch, jax.block_until_ready, None, "calls")
     chunk, rows = len(_lengths(config)) - 1, []
-    for name, times in timing.by_turns(runs, repeats).items():
+    for name, times in timing.bursts(runs, repeats).items():
         per_layer = [ms / len(case.q) for ms in times]
         rows.append(bench.Row(name, chunk, first[name], statistics.median(per_layer), min(per_layer), max(per_layer)))
     return bench.Report(facts(config, case, rows, repeats), tuple(rows))

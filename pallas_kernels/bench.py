@@ -1,14 +1,15 @@
 """One table: implementations of attention x workloads. `python -m pallas_kernels.bench --help`
 
 How it is timed, the same for all: a workload's implementations are compiled first, in one process. Then come `--repeats`
-rounds, in each of which every implementation in turn is launched many times back to back, about 50 ms of work, and waited
-for once at the end; a launch is some calls one after the other, and a round gives the wall time divided by the calls. The
-table has the median over the rounds, in which all see the same clocks and temperatures. Work of the host does not count:
-launches of JAX, one XLA program, run ahead of the GPU, those of torch are replays of a CUDA graph (where one cannot be
-captured the table says so). An implementation that kills the process is named, and the workload is measured again without it.
+rounds, in each of which every implementation in turn is launched a few times back to back, about 5 ms of work after a pause
+of 30 ms; a launch is some calls one after the other. The profiler says how long the device was at work, the gaps between
+kernels included. The table has the median over the rounds. So all are seen at the same full clocks, and work of the host does
+not count: launches of JAX, one XLA program, run ahead of the GPU, those of torch are replays of a CUDA graph (where one cannot
+be captured the table says so). An implementation that kills the process is named, and the workload measured again without it.
 
 ms         of one call: all that it costs on the device, with what prepares the lists and joins partial results
 TFLOP/s    over the live tokens of the listed blocks only: two products for the output, five for the gradients
+sustained  ms of one call where all run by turns without pauses, 50 ms each: a GPU at its power limit lowers its clocks
 error      relative L2 distance from the definition in float32, the worst of the first and last head, and for gradients of
            those of queries, keys and values
 
@@ -35,6 +36,7 @@ class Row:
     least: float | None = None
     most: float | None = None
     tflops: float | None = None  # of the median
+    sustained: float | None = None  # ms, median, without pauses
     error: float | None = None
     note: str = ""  # how it was launched, or why it did not run
 
@@ -58,9 +60,10 @@ def measure(workload: Workload, implementations: Sequence[str], repeats: int) ->
             if not timing.device_is_well():
                 raise
             rows[name] = Row(workload.name, name, note=one_line(error))
-    for name, times in timing.by_turns(ready, repeats).items():
+    cool, hot = timing.bursts(ready, repeats), timing.sustained(ready, repeats)
+    for name, times in cool.items():
         ms = statistics.median(times)
-        figures = ms, min(times), max(times), flops / ms / 1e9, errors[name]
+        figures = ms, min(times), max(times), flops / ms / 1e9, statistics.median(hot[name]), errors[name]
         rows[name] = Row(workload.name, name, *figures, ready[name].launched)
     return [rows[name] for name in implementations]
 
@@ -73,12 +76,13 @@ def rows_of(worker: Worker, workload: Workload, implementations: Sequence[str], 
 
 
 def line(row: Row) -> str:
-    figures = ["-"] * 3 if row.ms is None else [f"{row.ms:.4f}", f"{row.tflops:.1f}", f"{row.error:.1e}"]
+    known = row.ms is not None
+    figures = [f"{row.ms:.4f}", f"{row.tflops:.1f}", f"{row.sustained:.4f}", f"{row.error:.1e}"] if known else ["-"] * 4
     return _line(row.workload, row.implementation, *figures, row.note[:300])
 
 
-def _line(workload: str, implementation: str, ms: str, tflops: str, error: str, note: str) -> str:
-    return f"{workload:34} {implementation:14} {ms:>10} {tflops:>9} {error:>9}  {note}"
+def _line(workload: str, implementation: str, ms: str, tflops: str, sustained: str, error: str, note: str) -> str:
+    return f"{workload:34} {implementation:14} {ms:>10} {tflops:>9} {sustained:>10} {error:>9}  {note}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report, rows = timing.facts(worker.ask(platform.describe), given.repeats), []
         for name, fact in report.items():
             say(f"{name}: {fact}")
-        say(_line("workload", "implementation", "ms", "TFLOP/s", "error", "launched as"))
+        say(_line("workload", "implementation", "ms", "TFLOP/s", "sustained", "error", "launched as"))
         for workload in chosen:
             for row in rows_of(worker, workload, implementations, given.repeats):
                 rows.append(row)

@@ -14,29 +14,70 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import worker
+from pallas_kernels import trace, worker
 from pallas_kernels.runs import Run
 
-ROUND = 0.05  # seconds of one run in one round
+BURST = 0.005  # seconds of one run in one round, and of the pause before it
+PAUSE = 0.03
+ROUND = 0.05  # the same under sustained load
+ATTEMPTS = 3  # at a record in which every burst is seen
 VERSIONS = ("jax", "jaxlib", "nvidia-cudnn-cu13", "torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl")
 
 
-def by_turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of one call of each run, one figure a round.
+def bursts(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of one call of each run, one figure a round: what the device takes at its full clocks.
 
-    In a round every run in turn is launched back to back, for about `ROUND`, and waited for once at the end. So all see the
-    same clocks and temperatures, and work of the host, which runs ahead of the device, does not count.
+    In a round every run in turn is launched back to back for about `BURST`, after a pause. So short, and so far apart, no
+    run is slowed by the heat of another or its own. A figure is the time on the device from the beginning of a burst's first
+    kernel to the end of its last, gaps included, by the profiler (CUPTI); where it sees no device, the wall time.
+
+    Raises:
+        RuntimeError: if the profiler does not see every burst as one.
     """
-    launches = {}
-    for name, run in runs.items():
-        worker.begin(name)
-        launches[name] = math.ceil(ROUND / (run.calls * seconds(run, 1)))
+    launches = _launches(runs, BURST)
+    for _ in range(ATTEMPTS):
+        walls: list[float] = []
+        with trace.recorded() as kernels:
+            for _ in range(rounds):
+                for name, run in runs.items():
+                    worker.begin(name)
+                    time.sleep(PAUSE)
+                    walls.append(seconds(run, launches[name]))
+        order = list(runs) * rounds
+        seen = trace.groups(kernels, PAUSE / 2)
+        if not seen:
+            durations = walls
+        elif len(seen) == len(order):
+            calls = (launches[name] * runs[name].calls for name in order)
+            durations = [(end - start) / n for (start, end), n in zip(seen, calls, strict=True)]
+        else:  # the host was held up amid a burst
+            continue
+        return {name: [1000 * durations[i] for i in range(at, len(order), len(runs))] for at, name in enumerate(runs)}
+    raise RuntimeError(f"the profiler saw {len(seen)} bursts of work on the device, expected {len(order)}")
+
+
+def sustained(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of one call of each run, one figure a round: wall time under load without end.
+
+    As `bursts`, but for about `ROUND` and without pauses: the device may lower its clocks to keep to its power. The runs
+    share what they heat up, by turns.
+    """
+    launches = _launches(runs, ROUND)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             worker.begin(name)
             times[name].append(1000 * seconds(run, launches[name]))
     return times
+
+
+def _launches(runs: Mapping[str, Run], duration: float) -> dict[str, int]:
+    """How many launches of each take about so many seconds."""
+    found = {}
+    for name, run in runs.items():
+        worker.begin(name)
+        found[name] = math.ceil(duration / (run.calls * seconds(run, 1)))
+    return found
 
 
 def seconds(run: Run, launches: int) -> float:
@@ -63,7 +104,8 @@ def facts(device: str, rounds: int) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name in VERSIONS if (version := _version(name))),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "timed": f"wall time of back-to-back calls, {1000 * ROUND:.0f} ms a round; median of {rounds} rounds by turns",
+        "timed": f"on the device, bursts of {1000 * BURST:.0f} ms after pauses of {1000 * PAUSE:.0f} ms; "
+        f"median of {rounds} rounds by turns",
     }
 
 

@@ -1,6 +1,6 @@
 """Measures configurations of the Hopper kernels and writes down the fastest: `python -m pallas_kernels.tune --help`
 
-Every workload stands for a class of calls (`pallas_kernels.tuned.Call`). Its configurations are timed by turns, as
+Every workload stands for a class of calls (`pallas_kernels.tuned.Call`). Its configurations are timed as
 `python -m pallas_kernels.bench` times implementations; those that do not compile, or are wrong, are named and left out. The
 table is rewritten after each workload; what it says of other classes stays, so that it can be made in several runs.
 
@@ -78,7 +78,7 @@ def measure(workload: Workload, names: Sequence[str], repeats: int) -> list[tupl
                 ready[name] = run
             else:
                 results[name] = f"wrong: relative L2 error {error:.1e}"
-    results |= timing.by_turns(ready, repeats)
+    results |= timing.bursts(ready, repeats)
     return [(name, results[name]) for name in names]
 
 
