@@ -75,7 +75,7 @@ def generate(
         ValueError: if `state` does not belong to `config`, or is complete already.
     """
     check_state(state, config)
-    text = _text_cache(model, embeddings)
+    text = compiled_text_cache(model, embeddings)
     left = sum(video_chunks(config)) - int(state.rollout.cache.end) - (0 if given is None else given.shape[1])
     check(left > 0, f"num_frames={config.video.num_frames} are complete in this state: expected more")
 
@@ -97,11 +97,17 @@ def decode(
 ) -> tuple[UInt8[Array, "b g p q 3"], vae.VaeState]:
     """The pixels of a chunk, a few latent frames at a time, and what the decoder keeps of them; `past` is consumed."""
     pixels, start = [], 0
-    for end in range(latents.shape[1] % DECODED_FRAMES or DECODED_FRAMES, latents.shape[1] + 1, DECODED_FRAMES):
-        frames, past = decode_pixels(autoencoder, latents[:, start:end], past)
+    for length in decode_lengths(latents.shape[1]):
+        frames, past = decode_pixels(autoencoder, latents[:, start : start + length], past)
         pixels.append(frames)
-        start = end
+        start += length
     return (pixels[0] if len(pixels) == 1 else jnp.concatenate(pixels, axis=1)), past
+
+
+def decode_lengths(frames: int) -> tuple[int, ...]:
+    """The parts in which a chunk of `frames` latent frames is decoded."""
+    short = frames % DECODED_FRAMES
+    return (short,) * (short > 0) + (DECODED_FRAMES,) * (frames // DECODED_FRAMES)
 
 
 @partial(jax.jit, donate_argnames="past")
@@ -138,5 +144,5 @@ def planned_frames(state: StreamState, config: Config) -> int | None:
     return None if config.cache.window is not None else cache.frames or first
 
 
-_text_cache = jax.jit(text_cache)
+compiled_text_cache = jax.jit(text_cache)
 _prefill = jax.jit(prefill, static_argnames="config", donate_argnames="state")

@@ -80,10 +80,7 @@ def draws(config: Config) -> int:
 
 
 def fork(state: Leaf) -> Leaf:
-    """A copy that lives on where the original is donated: `stream` and a donating `rollout` consume their state.
-
-    Takes any pytree: a `RolloutState`, or what holds one.
-    """
+    """A copy, of a state or of any pytree, that lives on where the original is donated: `stream` and a donating `rollout` do."""
     return jax.tree.map(jnp.copy, state)
 
 
@@ -183,8 +180,7 @@ def stream(
 
 
 def _stream(model, text, noise, state, config, lengths, step_noise):
-    # The length of the video and its other prompt are no part of the compiled step.
-    config = dataclasses.replace(config, video=dataclasses.replace(config.video, num_frames=1, negative_prompt=""))
+    config = step_config(config)
     first, at = int(state.chunk), 0
     blocks = None if state.budgets is None else np.asarray(state.budgets.blocks)
     for index, length in enumerate(lengths, start=first):
@@ -206,6 +202,11 @@ def _stream(model, text, noise, state, config, lengths, step_noise):
         yield latents, state
 
 
+def step_config(config: Config) -> Config:
+    """What the compiled step of `stream` is compiled for: the length of the video and its other prompt are no part of it."""
+    return dataclasses.replace(config, video=dataclasses.replace(config.video, num_frames=1, negative_prompt=""))
+
+
 def next_chunk(
     model: WanDiT,
     text: TextCache,
@@ -219,9 +220,8 @@ def next_chunk(
     step_noise: Float[Array, "draws b f h w c"] | None = None,
 ) -> tuple[Float[Array, "b f h w c"], KVCache]:
     """One chunk of `frames` frames, generated and committed."""
-    shape = (frames, *frame_shape(config))
     if noise is None:
-        noise = seeded.chunk_noise(keys, chunk, shape)
+        noise = seeded.chunk_noise(keys, chunk, (frames, *frame_shape(config)))
     latents = denoise_chunk(model, text, noise, cache, keys, chunk, budget, config, step_noise)
     context = as_context(latents, keys, chunk, config, step_noise)
     return latents, commit_chunk(model, text, context, cache, budget, config, config.rollout.context_timestep)
