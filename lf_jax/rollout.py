@@ -80,7 +80,7 @@ def draws(config: Config) -> int:
 
 
 def fork(state: Leaf) -> Leaf:
-    """A copy, of a state or of any pytree, that lives on where the original is donated: `stream` and a donating `rollout` do."""
+    """A copy, of a state or any pytree, that lives on where the original is consumed: by `stream` and a donating `rollout`."""
     return jax.tree.map(jnp.copy, state)
 
 
