@@ -23,12 +23,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import platform
 from pallas_kernels.block_sparse.hopper_common import COLUMN, MATRIX, ROW, SXM, across, load
 from pallas_kernels.linear.types import FLOAT8, LARGEST, SMALLEST_ROW, Quantised
-from pallas_kernels import platform
 
 ROWS, HALF = 128, 64  # tokens of a thread block, of a consumer
 DEPTH = 128  # inputs of a step of the products
+SHARED, SPARE = 227 * 1024, 2048  # bytes of shared memory that a thread block may have, of it for barriers and alignment
 SNAKE = 8  # tiles of output channels that are walked together
 
 
@@ -39,15 +40,16 @@ class Config:
     tile: int = 256  # output channels of a thread block
     cluster: int = 2  # thread blocks that share the weights they load
     stages: int = 4  # steps of the products whose operands are in flight
-    buffers: int = 2  # pieces of the output that each consumer has under way
+    buffers: int | None = None  # pieces of the output that each consumer has under way; None: 2, with a residual what fits
     lead: int = 2  # steps by which the first consumer runs ahead of the second
     multiprocessors: int = dataclasses.field(default_factory=lambda: platform.device().multiprocessors or SXM)
     interpret: object = None  # `InterpretGPUParams` runs on the CPU
 
     def __post_init__(self):
         for name, least in (("tile", 32), ("cluster", 1), ("stages", 1), ("buffers", 1), ("lead", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+            number = getattr(self, name)
+            if number is not None and number < least:
+                raise ValueError(f"{name}={number} must be at least {least}")
         if self.tile % 32 or self.tile > 256:
             raise ValueError(f"tile={self.tile} must be a multiple of 32 and at most 256")
         if self.cluster > self.multiprocessors:
@@ -72,10 +74,14 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
     blocks = min(config.multiprocessors // cluster, math.prod(tiles))
     steps = -(-inputs // DEPTH)
     stages, lead = min(config.stages, steps), min(config.lead, config.stages, steps)
-    piece = 64 if tile % 64 == 0 else 32  # output channels that are finished at a time
-    buffers = min(config.buffers, tile // piece)
-    frames = 1 if not gated or epilogue.frame_tokens % ROWS == 0 else 2  # that a tile may lie in
     dtype = FLOAT8 if quantised else jnp.bfloat16
+    piece = 64 if quantised and tile % 64 == 0 else 32  # output channels that are finished at a time
+    frames = 1 if not gated or epilogue.frame_tokens % ROWS == 0 else 2  # that a tile may lie in
+    buffers = config.buffers or 2
+    if config.buffers is None and epilogue.residual is not None:
+        taken = stages * (ROWS + tile) * DEPTH + 4 * 2 * (ROWS + (2 + frames) * tile) + SPARE
+        buffers = (SHARED - taken) // (ROWS * piece * dtype.dtype.itemsize)
+    buffers = min(buffers, tile // piece)
 
     arrays = {"x": x.values, "x_scale": x.scale, "w": w.values, "w_scale": w.scale, "bias": bias}
     arrays |= {"layer": layer.astype(jnp.int32).reshape(1)} if layer is not None else {}
