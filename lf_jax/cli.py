@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import tyro
 
+from lf_jax import compilation
 from lf_jax.commands.console import note
 from lf_jax.config import Config, check
 
@@ -28,11 +29,13 @@ COMMANDS = {  # imported when called for: each brings its own part of the librar
     "export": ("lf_jax.commands.checkpoints", "Export"),
     "parity": ("lf_jax.commands.parity", "Parity"),
     "train": ("lf_jax.commands.train", "Train"),
+    "warmup": ("lf_jax.commands.warmup", "Warmup"),
     "plan": ("lf_jax.commands.plan", "Plan"),
     "doctor": ("lf_jax.commands.doctor", "Doctor"),
     "bench": ("lf_jax.commands.bench", "Bench"),
     "eval": ("lf_jax.commands.evaluate", "Eval"),
 }
+CACHE = "--compilation-cache"
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 _rules = tyro.constructors.ConstructorRegistry()
@@ -55,17 +58,22 @@ def _policy(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Prim
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 out of memory, 2 bad input, 130 interrupted, or the command's own.
 
-    A wrong value, file or folder ends in one line that names it. `--traceback` shows where it was found.
+    A wrong value, file or folder ends in one line that names it. `--traceback` shows where it was found. All programs that a
+    command compiles are kept for the next one (`lf_jax.compilation`), in the folder `--compilation-cache` if it is given.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
+    if words[-1:] == [CACHE]:
+        return _fail(f"{CACHE} needs a folder")
+    kept, words = _option(words, CACHE), _without(words, CACHE)
     if not words or words[0] in ("-h", "--help"):
         print(overview())
         return 0
     name, *words = words
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}; the commands are {', '.join(COMMANDS)}")
+    compilation.use_cache(kept)
     try:
         with _terminate_as_interrupt():
             return parse(name, words).run() or 0
@@ -114,7 +122,11 @@ def parse(name: str, words: Sequence[str]):
 
 def overview() -> str:
     """What `lf-jax --help` prints."""
-    lines = ["usage: lf-jax COMMAND [OPTIONS] [--traceback]    (lf-jax COMMAND --help explains a command)", ""]
+    lines = [
+        "usage: lf-jax COMMAND [OPTIONS] [--traceback] [--compilation-cache DIR]",
+        "       lf-jax COMMAND --help explains a command",
+        "",
+    ]
     for name in COMMANDS:
         lines.append(f"  {name:<8} {load_command(name).__doc__.splitlines()[0]}")
     return "\n".join(lines)
@@ -151,6 +163,11 @@ def _option(words: Sequence[str], name: str) -> str | None:
         elif word.startswith(f"{name}="):
             found = word.partition("=")[2]
     return found
+
+
+def _without(words: Sequence[str], name: str) -> list[str]:
+    """`words` without an option and its value."""
+    return [word for before, word in zip(["", *words], words, strict=False) if name not in (before, word.partition("=")[0])]
 
 
 @contextlib.contextmanager

@@ -122,8 +122,13 @@ def config_of(source: str | os.PathLike, chosen: Config | None = None) -> Config
 
 def random_module(part: Model | Vae | Text, seed: int) -> nnx.Module:
     """A component with random weights, drawn on the device by one program."""
-    constructor, key = {Model: WanDiT, Vae: vae.build, Text: UMT5}[type(part)], jax.random.key(seed)
+    return drawing(part)(jax.random.key(seed))
+
+
+def drawing(part: Model | Vae | Text) -> jax.stages.Wrapped:
+    """The jitted function from a key to a component's random weights."""
+    constructor = {Model: WanDiT, Vae: vae.build, Text: UMT5}[type(part)]
     # The program is long and runs once: on a CPU optimising it takes several times as long as running it as it is.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    draw = jax.jit(lambda key: constructor(part, rngs=nnx.Rngs(key))).lower(key)
-    return draw.compile(compiler_options=quick if jax.default_backend() == "cpu" else None)(key)
+    options = quick if jax.default_backend() == "cpu" else None
+    return jax.jit(lambda key: constructor(part, rngs=nnx.Rngs(key)), compiler_options=options)

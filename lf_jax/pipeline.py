@@ -5,18 +5,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lf_jax import loading, presets
+from lf_jax import loading, presets, programs
 from lf_jax.arrays import Array, Float, Key, UInt8
 from lf_jax.config import Config, check
 from lf_jax.generate import Chunk, StreamState, begin, generate
 from lf_jax.inputs import Pixels, check_runs, first_frames
 from lf_jax.noise import sample_key
 from lf_jax.rollout import branches
-from lf_jax.text import Embeddings, clean, encode
+from lf_jax.text import Embeddings, clean
 
 Seeds = int | np.integer | Sequence[int] | np.ndarray
 
@@ -153,11 +152,12 @@ def load(source: str | os.PathLike, config: Config | str | os.PathLike | None = 
 def encode_prompts(source: loading.Source, prompts: Sequence[str], advance: Callable[[], None] = lambda: None) -> Embeddings:
     """Encodes different prompts one at a time; `advance` is called after each. The encoder is in memory only meanwhile."""
     prompts = tuple(dict.fromkeys(prompts))
-    encoder, tokenizer = source.text()
+    with programs.ahead(programs.of_text(source.config.text)):
+        encoder, tokenizer = source.text()
     ids, lengths = tokenizer(prompts)
     rows = []
     for i in range(len(prompts)):
-        rows.append(np.asarray(_encode(encoder, ids[i : i + 1], lengths[i : i + 1])))
+        rows.append(np.asarray(programs.encode_text(encoder, ids[i : i + 1], lengths[i : i + 1])))
         advance()
     return Embeddings(np.concatenate(rows), lengths, prompts, source.fingerprint(encoder, tokenizer))
 
@@ -171,6 +171,3 @@ def with_frames(config: Config, num_frames: int | None) -> Config:
     """`config` with another number of pixel frames; None keeps its own."""
     video = config.video if num_frames is None else dataclasses.replace(config.video, num_frames=num_frames)
     return dataclasses.replace(config, video=video)
-
-
-_encode = jax.jit(encode)

@@ -6,6 +6,8 @@ if "LF_JAX_TEST_GPU" not in os.environ:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # most of a test's time is compilation
 
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # commands keep what they compile: not that of tests
+
 # Interpreted kernels block a thread of XLA's pool at every barrier; one pool thread per core is too few on a small machine.
 os.environ.setdefault("NPROC", "8")
 

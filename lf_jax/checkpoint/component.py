@@ -10,6 +10,7 @@ import os
 import pathlib
 import typing
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ FORMAT = 1  # of converted folders; a reader refuses any other
 COMPONENTS = {"dit": Model, "vae": Vae, "text": Text}
 SETTINGS = {"cache": Cache, "sparsity": Sparsity, "rollout": Rollout, "video": Video}
 TENSORS, ORBAX = "model.safetensors", "orbax"  # a component has one of the two
+READERS = 4  # tensors on their way from the file to the device at a time: disk, page cache and device overlap
 
 Part = Model | Vae | Text
 
@@ -123,10 +125,13 @@ def load_component(
     wanted, file = flatten(module), _open(place, part)
     if file is None:
         return part, build(module, _load_orbax(place / ORBAX, wanted, sharding))
-    arrays = {}
-    for key, leaf in wanted.items():  # one at a time, so that at most one is on the device in both dtypes
-        arrays[key] = jax.device_put(file.view(key), sharding, may_alias=False).astype(leaf.dtype).block_until_ready()
-    return part, build(module, arrays)
+
+    def load(key: str) -> Array:  # from the file's pages straight to the device
+        placed = jax.device_put(file.view(key), sharding, may_alias=False)
+        return placed.astype(wanted[key].dtype).block_until_ready()
+
+    with ThreadPoolExecutor(READERS) as pool:  # so that at most a few are on the device in both dtypes
+        return part, build(module, dict(zip(wanted, pool.map(load, wanted), strict=True)))
 
 
 def check_component(folder: str | os.PathLike, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from lf_jax import generate, loading, pipeline, text
+from lf_jax import generate, loading, pipeline, programs, text
 from lf_jax.arrays import Array
 from lf_jax.commands import outputs
 from lf_jax.commands.console import note, progress, show_config
@@ -65,10 +65,11 @@ class Sample:
         if not pending:
             return
 
-        if encoded is None:  # before the transformer takes its place in memory
-            note(f"encoding {len(prompts)} prompts")
-            encoded = pipeline.encode_prompts(source, pipeline.texts(prompts, config))
-        pipe = pipeline.load(self.model, config, seed=self.weights_seed)
+        with programs.ahead(programs.of_videos(config, min(self.batch, len(pending)))):
+            if encoded is None:  # before the transformer takes its place in memory
+                note(f"encoding {len(prompts)} prompts")
+                encoded = pipeline.encode_prompts(source, pipeline.texts(prompts, config))
+            pipe = pipeline.load(self.model, config, seed=self.weights_seed)
         starts = {"initial_image": self.initial_image, "initial_video": self.initial_video}
         make(pipe, pending, self.batch, encoded, manifest, **starts)
 

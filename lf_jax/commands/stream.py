@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from lf_jax import checkpoint, generate, loading, pipeline
+from lf_jax import checkpoint, generate, loading, pipeline, programs
 from lf_jax.commands import outputs
 from lf_jax.commands.console import note, show_config
 from lf_jax.commands.prompts import read_embeddings
@@ -66,7 +66,8 @@ class Stream:
         source = loading.find(self.model, config, self.weights_seed)
         source.check(*(("dit", "vae") if self.embeddings else ("dit", "vae", "text")))
         encoded = read_embeddings(self.embeddings, source)
-        pipe = pipeline.load(self.model, config, seed=self.weights_seed)
+        with programs.ahead(programs.of_videos(config)):
+            pipe = pipeline.load(self.model, config, seed=self.weights_seed)
         stream = pipe.stream(
             self.prompt,
             seed=self.seed,

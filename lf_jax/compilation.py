@@ -1,0 +1,49 @@
+"""The persistent compilation cache: what was compiled once on this machine is not compiled again by a later process.
+
+It is JAX's own, so its variables hold: JAX_COMPILATION_CACHE_DIR is another folder, JAX_ENABLE_COMPILATION_CACHE=false turns
+it off. An entry belongs to one program, device, driver and version of XLA; the folder may be deleted at any time.
+"""
+
+import contextlib
+import os
+import pathlib
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import jax
+
+_HIT = "/jax/compilation_cache/cache_hits"
+
+
+def default_folder() -> pathlib.Path:
+    """`lf_jax/compiled` in the user's folder for caches."""
+    caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(caches) / "lf_jax" / "compiled"
+
+
+def use_cache(folder: str | os.PathLike | None = None) -> None:
+    """Keeps from now on every program that this process compiles, in `folder`, or where JAX was told to, or in the default.
+
+    Of all programs, because a video takes dozens of small ones, too; JAX's own threshold would be a second.
+    """
+    chosen = folder or jax.config.jax_compilation_cache_dir or default_folder()
+    jax.config.update("jax_compilation_cache_dir", str(chosen))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@contextlib.contextmanager
+def counted_hits() -> Iterator[Counter[int]]:
+    """Programs found in the cache meanwhile, by the thread that asked for them."""
+    hits: Counter[int] = Counter()
+
+    def count(event: str, **_) -> None:
+        if event == _HIT:
+            hits[threading.get_ident()] += 1
+
+    jax.monitoring.register_event_listener(count)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(count)
