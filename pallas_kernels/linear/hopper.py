@@ -1,6 +1,5 @@
 """The linear layer for Hopper (compute capability 9.0), Mosaic GPU: which calls it takes, how a call is laid out."""
 
-import dataclasses
 from typing import Any
 
 import jax

@@ -67,7 +67,7 @@ class Epilogue(NamedTuple):
 
 
 def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, epilogue: Epilogue, config: Config) -> Any:
-    """[rows, out] bfloat16, or Quantised where there is a reach. x [rows, in], w [layer, out, in], bias [layer, out] float32."""
+    """[rows, out] bfloat16, or Quantised where there is a reach. x is [rows, in], w [layer, out, in], bias [layer, out]."""
     (rows, inputs), (_, outputs, _), tile, cluster = x.values.shape, w.values.shape, config.tile, config.cluster
     quantised, gated, interpreted = epilogue.reach is not None, epilogue.gate is not None, config.interpret is not None
     tiles = (-(-rows // (ROWS * cluster)), -(-outputs // tile))
@@ -191,6 +191,8 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
             def finish(i, sums):
                 side = lax.rem(i, 2)
                 plgpu.barrier_wait(known.at[side])
+                if epilogue.residual is None:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was written of the tile before
                 x_scale, inverse = load(rows_s.at[side, half], ROW), None
                 if quantised:
                     largest = x_scale * g["reach"][at_layer, 0] + g["reach"][at_layer, 1]
@@ -213,7 +215,8 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
                     if gated:
                         y = y * gates(i, c, y.shape)
                     if epilogue.residual is None:
-                        plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
+                        if c >= buffers:
+                            plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
                     else:
                         plgpu.barrier_wait(fetched.at[wg, to])
                         y = load(out_s.at[wg, to], MATRIX).astype(jnp.float32) + y

@@ -1,0 +1,322 @@
+"""Linear layers on float8 numbers against a product in numpy: in XLA, in the Mosaic interpreter, and as they are on a GPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.families import lightx2v_fp8
+from pallas_kernels import platform
+from pallas_kernels.linear import Quantised, api, explain, hopper, linear, quantise_rows, reach, xla
+from pallas_kernels.linear.hopper_kernel import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    b: int = 1
+    tokens: int = 200
+    inputs: int = 192
+    outputs: int = 192
+    layers: int | None = None
+    gelu: bool = False
+    frames: int | None = None  # of a gate
+    residual: bool = False
+    quantise: bool = False
+    config: tuple = ()  # fields of the kernel's configuration
+
+    @property
+    def fixed(self):
+        return {"activation": "gelu" if self.gelu else None, "dtype": jnp.dtype(jnp.bfloat16)}
+
+
+CASES = {
+    "bias": Case(inputs=320, config=(("lead", 1),)),
+    "bias, one layer of three, clusters": Case(tokens=300, layers=3, config=(("cluster", 2), ("multiprocessors", 4))),
+    "GELU": Case(gelu=True, outputs=64, config=(("tile", 64), ("buffers", 1), ("lead", 0))),
+    "GELU to float8": Case(b=2, tokens=100, gelu=True, quantise=True, config=(("tile", 64),)),
+    "to float8, clusters, a block without tokens": Case(
+        tokens=128, layers=2, quantise=True, config=(("tile", 96), ("cluster", 2))
+    ),
+    "residual": Case(b=2, tokens=65, residual=True, config=(("tile", 224), ("stages", 1), ("lead", 0))),
+    "frames that end within tiles": Case(b=2, tokens=150, residual=True, frames=1, config=(("buffers", 2), ("lead", 1))),
+    "frames that end with tiles": Case(tokens=256, outputs=64, residual=True, frames=2, config=(("tile", 64),)),
+    "pieces that leave a rest of the buffers": Case(tokens=128, gelu=True, config=(("tile", 96), ("multiprocessors", 1))),
+}
+
+
+@functools.cache
+def arguments(case: Case):
+    """(x, w, bias, layer) and the other arrays of a call by name."""
+    draw = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(draw.standard_normal(shape), jnp.float32)
+
+    stack = () if case.layers is None else (case.layers,)
+    x = quantise_rows(normal(case.b, case.tokens, case.inputs) * jnp.exp(normal(case.b, case.tokens, 1)))
+    w = quantise_rows(normal(*stack, case.outputs, case.inputs) * case.inputs**-0.5)
+    bias, whole = normal(*stack, case.outputs), (case.b, case.tokens, case.outputs)
+    rest = {
+        "gate": normal(case.b, case.frames, case.outputs) if case.frames else None,
+        "residual": normal(*whole).astype(jnp.bfloat16) if case.residual else None,
+        "reach": reach(w, bias) if case.quantise else None,
+    }
+    return (x, w, bias, None if case.layers is None else jnp.int32(case.layers - 1)), rest
+
+
+def plain(q: Quantised) -> np.ndarray:
+    return np.asarray(q.values, np.float64) * np.asarray(q.scale, np.float64)[..., None]
+
+
+def expected(case: Case) -> np.ndarray:
+    (x, w, bias, layer), rest = arguments(case)
+    weights, bias = plain(w), np.asarray(bias, np.float64)
+    if layer is not None:
+        weights, bias = weights[int(layer)], bias[int(layer)]
+    y = plain(x) @ weights.T + bias
+    if case.gelu:
+        y = 0.5 * y * (1 + np.tanh((2 / np.pi) ** 0.5 * (y + 0.044715 * y**3)))
+    if case.frames:
+        y = y * np.repeat(np.asarray(rest["gate"], np.float64), case.tokens // case.frames, axis=1)
+    return y + np.asarray(rest["residual"], np.float64) if case.residual else y
+
+
+def check(case: Case, run):
+    given, rest = arguments(case)
+    out, wanted = jax.jit(functools.partial(run, **case.fixed))(*given, **rest), expected(case)
+    if not case.quantise:
+        assert out.dtype == jnp.bfloat16 and out.shape == wanted.shape
+        assert distance(out, wanted) <= 2.5e-3  # what bfloat16 costs
+        return
+    assert out.values.dtype == jnp.float8_e4m3fn and out.values.shape == wanted.shape
+    assert out.scale.dtype == jnp.float32 and out.scale.shape == wanted.shape[:-1]
+    assert (np.abs(wanted).max(-1) <= 448 * np.asarray(out.scale)).all()
+    assert distance(plain(out), wanted) <= 1.1 * distance(plain(quantise_rows(jnp.asarray(wanted, jnp.float32))), wanted)
+
+
+def distance(got, wanted) -> float:
+    return float(np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted))
+
+
+def interpreted(*given, config=(), **rest):
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    fields = {"tile": 128, "cluster": 1, "stages": 2, "multiprocessors": 2} | dict(config)
+    return hopper.linear(*given, config=Config(**fields, interpret=InterpretGPUParams(detect_races=True)), **rest)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_xla(name):
+    check(CASES[name], xla.linear)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 knows no transposed operand")
+@pytest.mark.parametrize("name", CASES)
+def test_in_the_interpreter(name):
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    check(CASES[name], functools.partial(interpreted, config=CASES[name].config))
+    assert not interpret_pallas_call.get_races().races_found
+
+
+EPILOGUES = {
+    "bias": {},
+    "GELU": {"gelu": True},
+    "GELU to float8": {"gelu": True, "quantise": True},
+    "residual": {"residual": True},
+    "gate": {"residual": True, "frames": 3},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("tokens", [4608, 4680])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1536, 1536), (4608, 1536), (1536, 8960), (8960, 1536), (64, 192)])
+def test_on_the_gpu(tokens, outputs, inputs, epilogue):
+    case = Case(tokens=tokens, inputs=inputs, outputs=outputs, layers=2, **EPILOGUES[epilogue])
+    for config in (None, Config(tile=96, cluster=1, lead=0), Config(tile=256, stages=3, buffers=1)):
+        check(case, functools.partial(hopper.linear, config=config))
+    arguments.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "tokens", "outputs", "inputs"),
+    [
+        ("bias", 4608, 4608, 1536),
+        ("GELU to float8", 4680, 8960, 1536),
+        ("residual", 4680, 1536, 1536),
+        ("gate", 4608, 1536, 8960),
+        ("gate", 4680, 4608, 1536),
+    ],
+)
+def test_full_size_lowers_without_a_gpu_to_one_kernel(epilogue, tokens, outputs, inputs):
+    """Shared memory, shapes and layouts are checked on the way. Nothing of a stack of weights is copied."""
+    array, case = jax.ShapeDtypeStruct, Case(**EPILOGUES[epilogue])
+
+    def rows(*shape):
+        return Quantised(array(shape, jnp.float8_e4m3fn), array(shape[:-1], jnp.float32))
+
+    rest = {
+        "gate": array((1, 3, outputs), jnp.float32) if case.frames else None,
+        "residual": array((1, tokens, outputs), jnp.bfloat16) if case.residual else None,
+        "reach": array((30, 2), jnp.float32) if case.quantise else None,
+    }
+    run = functools.partial(hopper.linear, **case.fixed)
+    given = rows(1, tokens, inputs), rows(30, outputs, inputs), array((30, outputs), jnp.float32), array((), jnp.int32)
+    text = jax.jit(run).trace(*given, **rest).lower(lowering_platforms=("cuda",)).as_text()
+    operations = {line.split("stablehlo.")[1].split()[0] for line in text.splitlines() if "stablehlo." in line}
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+    assert operations <= {"custom_call", "reshape"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "tile", "cluster"),
+    [
+        (4608, 8960, 1536, 224, 2),  # 252 tiles for 132 multiprocessors, where tiles of 256 are 216
+        (4680, 1536, 1536, 224, 1),  # 259 fit two waves, pairs of them do not
+        (4608, 1536, 4608, 256, 2),
+        (512, 1536, 1536, 128, 2),  # small tiles, so that there are more
+    ],
+)
+def test_tiles_fill_the_waves(monkeypatch, rows, inputs, outputs, tile, cluster):
+    monkeypatch.setattr(platform, "device", lambda: platform.Device("gpu", "NVIDIA H200", (9, 0), 1, 132))
+    chosen = hopper.layout(rows, inputs, outputs)
+    assert (chosen.tile, chosen.cluster, chosen.multiprocessors) == (tile, cluster, 132)
+
+
+def test_rows_are_quantised_as_lightx2v_does():
+    weights = np.random.default_rng(0).standard_normal((3, 64, 80)).astype(np.float32)
+    weights[0, 3] = 0
+    found = jax.jit(quantise_rows)(weights)
+    number, scale = lightx2v_fp8.quantise(weights.reshape(-1, 80))
+    np.testing.assert_allclose(found.scale.reshape(-1, 1), scale, rtol=2e-7)
+    same = np.asarray(found.values).reshape(-1, 80) == number  # a rounding of the scale may turn a number at a tie
+    assert same.mean() > 0.999 and not np.asarray(found.values[0, 3]).astype(np.float32).any()
+    assert (np.abs(np.asarray(found.values, np.float32)).max(-1)[found.scale > 1e-6] == 448).all()
+
+
+def test_the_reach_is_met_by_the_worst_row_and_never_exceeded():
+    """Every activation at the end of the range, with the signs of the weights: the largest output there can be."""
+    draw = np.random.default_rng(0)
+    w, bias = quantise_rows(jnp.asarray(draw.standard_normal((64, 256)))), jnp.asarray(draw.standard_normal(64), jnp.float32)
+    worst = jnp.where(w.values.astype(jnp.float32) < 0, -448.0, 448.0) * jnp.where(bias < 0, -1, 1)[:, None]
+    x = Quantised(worst.astype(jnp.float8_e4m3fn), jnp.full(64, 0.01, jnp.float32))
+    out = linear(x, w, bias, quantise=True, implementation="xla")
+    most = np.abs(np.asarray(out.values, np.float32)).max()
+    assert 0.9 * 448 < most <= 448 and np.isfinite(plain(out)).all()
+
+
+def test_a_row_of_nothing_stays_nothing():
+    x, w = quantise_rows(jnp.zeros((2, 64))), quantise_rows(jnp.zeros((64, 64)))
+    out = linear(x, w, jnp.zeros(64), quantise=True, implementation="xla")
+    assert not plain(out).any() and (out.scale > 0).all()
+
+
+@pytest.mark.parametrize(("outlier", "loose", "cost"), [(1, 40, 2.75e-2), (30, 180, 2.75e-2), (100, 300, 2.75e-2)])
+def test_a_bound_is_as_good_a_scale_as_the_row_itself(outlier, loose, cost):
+    """Normalised activations, one channel of which is larger; GELU. `linear` quotes these figures."""
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((64, 1536))
+    x[:, 7] *= outlier
+    x, w = (quantise_rows(jnp.asarray(rows)) for rows in (x, draw.standard_normal((1024, 1536)) * 1536**-0.5))
+    bias = jnp.asarray(0.3 * draw.standard_normal(1024), jnp.float32)
+    call = functools.partial(linear, x, w, bias, activation="gelu", implementation="xla")
+    exact, found = np.asarray(call(dtype=jnp.float32)), call(quantise=True)
+    assert (448 * np.asarray(found.scale) / np.abs(exact).max(-1)).mean() <= loose
+    own = distance(plain(quantise_rows(jnp.asarray(exact))), exact)
+    assert 0.024 < own <= distance(plain(found), exact) <= min(cost, 1.05 * own)
+
+
+def test_reach_is_computed_where_it_is_not_given():
+    (x, w, bias, layer), _ = arguments(CASES["to float8, clusters, a block without tokens"])
+    given, computed = (
+        linear(x, w, bias, layer=layer, quantise=True, reach=known, implementation="xla") for known in (reach(w, bias), None)
+    )
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, given, computed)))
+
+
+def test_float32_comes_from_xla():
+    (x, w, bias, _), _ = arguments(CASES["GELU"])
+    out = linear(x, w, bias, activation="gelu", dtype=jnp.float32)
+    assert out.dtype == jnp.float32 and distance(out, expected(CASES["GELU"])) < 1e-6
+
+
+def test_gradients_are_refused():
+    (x, w, bias, _), _ = arguments(CASES["bias"])
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        jax.grad(lambda bias: linear(x, w, bias, implementation="xla").astype(jnp.float32).sum())(bias)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "frame_tokens", "dtype", "rule"),
+    [
+        (100, 64, None, None, "multiple of 64 inputs"),
+        (64, 100, None, None, "multiple of 64 outputs"),
+        (64, 64, 100, None, "128 tokens a frame"),
+        (64, 64, None, jnp.dtype("float32"), "not float32"),
+    ],
+)
+def test_what_the_kernel_is_not_made_for(monkeypatch, inputs, outputs, frame_tokens, dtype, rule):
+    monkeypatch.setattr(platform, "device", lambda: platform.Device("gpu", "NVIDIA H200", (9, 0), 1, 132))
+    assert rule in explain(inputs, outputs, frame_tokens, dtype)["hopper"]
+    assert explain(1536, 8960, 1560, jnp.dtype("bfloat16")) == {"hopper": None, "xla": None}
+
+
+def test_a_named_implementation_runs_or_raises():
+    (x, w, bias, _), _ = arguments(CASES["bias"])
+    if (platform.device().compute_capability or (0,))[0] != 9:
+        with pytest.raises(NotImplementedError, match="compute capability 9.0"):
+            linear(x, w, bias, implementation="hopper")
+    wide = quantise_rows(jnp.ones((100, 192)))
+    with pytest.raises(NotImplementedError, match="multiple of 64 outputs, received 100"):
+        hopper.linear(x, wide, jnp.zeros(100), None, **dict.fromkeys(("activation", "gate", "residual", "reach")), dtype=None)
+    assert list(api.IMPLEMENTATIONS) == ["hopper", "xla"]
+
+
+x, w = quantise_rows(jnp.ones((1, 6, 64))), quantise_rows(jnp.ones((32, 64)))
+bias, whole = jnp.zeros(32), jnp.zeros((1, 6, 32), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"x": quantise_rows(jnp.ones((6, 32)))}, r"x.values.shape=\(6, 32\) must be \[..., 64\]"),
+        ({"x": Quantised(jnp.ones((6, 64)), jnp.ones(6))}, "x.values must be float8_e4m3fn, received float32"),
+        ({"w": Quantised(w.values, w.scale.astype(jnp.bfloat16))}, "w.scale must be float32, received bfloat16"),
+        ({"w": Quantised(w.values, w.scale[:, None])}, r"w.scale.shape=\(32, 1\) must be \(32,\)"),
+        ({"layer": jnp.int32(0)}, r"must be \[layer, out, in\] with layer"),
+        ({"bias": jnp.zeros(64)}, r"bias.shape=\(64,\) must be \(32,\)"),
+        ({"activation": "relu"}, "activation='relu' must be one of None, 'gelu'"),
+        ({"dtype": jnp.float16}, "dtype=float16 must be bfloat16 or float32"),
+        ({"residual": whole[:, :5]}, r"residual.shape=\(1, 5, 32\) must be \(1, 6, 32\)"),
+        ({"residual": whole.astype(jnp.float32)}, "residual.dtype"),
+        ({"residual": whole, "quantise": True}, "quantise=True goes without a residual"),
+        ({"residual": whole, "activation": "gelu"}, "activation='gelu' goes without a residual"),
+        ({"gate": jnp.ones((1, 2, 32))}, "gate goes with a residual"),
+        ({"gate": jnp.ones((1, 4, 32)), "residual": whole}, r"gate.shape=\(1, 4, 32\) must be \[1, f, 32\]"),
+        ({"reach": jnp.ones(2)}, "reach goes with quantise=True"),
+        ({"reach": jnp.ones(3), "quantise": True}, r"reach must be float32 \(2,\), received float32 \(3,\)"),
+        ({"implementation": "triton"}, "implementation='triton' must be one of hopper, xla, or None"),
+    ],
+)
+def test_calls_that_do_not_fit_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        linear(**({"x": x, "w": w, "bias": bias} | wrong))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tile": 80}, "tile=80 must be a multiple of 32"),
+        ({"tile": 288}, "at most 256"),
+        ({"stages": 0}, "stages=0 must be at least 1"),
+        ({"lead": -1}, "lead=-1 must be at least 0"),
+        ({"cluster": 2, "multiprocessors": 1}, "cluster=2 must be at most multiprocessors=1"),
+    ],
+)
+def test_config_checks_itself(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**fields)
