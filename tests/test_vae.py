@@ -11,7 +11,8 @@ from flax import nnx
 
 from lf_jax import vae as vaes
 from lf_jax.config import Vae
-from lf_jax.vae.layers import conv3d, interleave, upsample
+from lf_jax.vae.layers import interleave
+from pallas_kernels.conv.xla import conv3d, upsample
 
 SMALL = dict(channels=4, mean=(0.5, -0.5, 0.2, 0.0), std=(2.0, 1.5, 0.5, 1.0), dtype="float32")
 WAN = Vae(base=8, multipliers=(1, 1, 1), temporal=(True, True), res_blocks=1, **SMALL)

@@ -5,7 +5,8 @@ from flax import nnx
 
 from lf_jax import config
 from lf_jax.arrays import Array, Float, Leaf
-from lf_jax.vae.layers import CausalConv, Conv, Head, Middle, Residual, interleave, run, upsample
+from lf_jax.vae.layers import CausalConv, Conv, Head, Middle, Residual, interleave, run
+from pallas_kernels.conv import convolve
 
 
 class Up(nnx.Module):
@@ -24,7 +25,7 @@ class Up(nnx.Module):
             alone = 1 if past is None else 0
             doubled, past = self.time(x[:, alone:], past)
             x = jnp.concatenate([x[:, :alone], interleave(doubled, 2)], axis=1)
-        return self.conv(upsample(x)), past
+        return convolve(x, self.conv.kernel[...][None], self.conv.bias[...], upsample=True), past
 
 
 class Level(nnx.Module):

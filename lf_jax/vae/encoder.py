@@ -5,7 +5,8 @@ from flax import nnx
 
 from lf_jax import config
 from lf_jax.arrays import Array, Float, Leaf
-from lf_jax.vae.layers import CausalConv, Conv, Head, Middle, Residual, conv3d, run, scaled_normal
+from lf_jax.vae.layers import CausalConv, Conv, Head, Middle, Residual, run, scaled_normal
+from pallas_kernels.conv.xla import conv3d
 
 
 class TimeHalf(nnx.Module):

@@ -12,48 +12,11 @@ from flax import nnx
 
 from lf_jax.arrays import Array, Float, Leaf
 from lf_jax.layers import Linear, RMSNorm
+from pallas_kernels.conv import convolve
+from pallas_kernels.conv.xla import conv2d
 
 scaled_normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 NORM_EPS = 1e-24  # Wan divides by max(length of the vector, 1e-12)
-
-
-def conv2d(
-    x: Float[Array, "*n h w c"],
-    kernel: Float[Array, "kh kw c out"],
-    stride: int = 1,
-    padding: tuple[tuple[int, int], tuple[int, int]] | None = None,
-) -> Float[Array, "*n p q out"]:
-    """Every frame on its own. Without `padding` (rows, columns; before, after) the output is as large as the input."""
-    if padding is None:
-        padding = tuple((size // 2, size // 2) for size in kernel.shape[:2])
-    y = jax.lax.conv_general_dilated(
-        x.reshape(-1, *x.shape[-3:]),
-        kernel.astype(x.dtype),
-        window_strides=(stride, stride),
-        padding=padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return y.reshape(*x.shape[:-3], *y.shape[1:])
-
-
-def conv3d(frames: Sequence[Float[Array, "b f h w c"]], kernel: Float[Array, "kt kh kw c out"]) -> Float[Array, "b f h w out"]:
-    """A convolution over time too: tap `k` of the kernel sees `frames[k]`.
-
-    It is one 2-D convolution over the taps side by side as channels, so all are summed in float32 inside it. XLA's 3-D
-    convolution would move channels to the front and back; a 2-D one per tap writes three results instead of one, and
-    with float32 results it runs in float32.
-    """
-    taps, *space, inputs, outputs = kernel.shape
-    x = jnp.concatenate(frames, axis=-1)
-    if space == [1, 1]:
-        return x @ kernel.reshape(taps * inputs, outputs).astype(x.dtype)
-    return conv2d(x, jnp.moveaxis(kernel, 0, 2).reshape(*space, taps * inputs, outputs))
-
-
-def upsample(x: Float[Array, "*n h w c"]) -> Float[Array, "*n p q c"]:
-    """Doubles rows and columns by repeating them."""
-    *n, h, w, c = x.shape
-    return jnp.broadcast_to(x[..., :, None, :, None, :], (*n, h, 2, w, 2, c)).reshape(*n, 2 * h, 2 * w, c)
 
 
 def interleave(x: Float[Array, "b f h w c"], times: int) -> Float[Array, "b g h w d"]:
@@ -95,15 +58,20 @@ class CausalConv(nnx.Module):
         self.kernel = nnx.Param(scaled_normal(rngs.params(), (3, space, space, inputs, outputs), dtype))
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype))
 
-    def __call__(self, x: Float[Array, "b f h w c"], past: Leaf) -> tuple[Float[Array, "b f h w out"], Leaf]:
-        """`past`: the last two input frames, [b, 2, h, w, c]."""
+    def __call__(
+        self,
+        x: Float[Array, "b f h w c"],
+        past: Leaf,
+        *,
+        residual: Float[Array, "b f h w out"] | None = None,
+        norm: RMSNorm | None = None,
+    ) -> tuple[Float[Array, "b f h w out"], Leaf]:
+        """`past`: the last two input frames, [b, 2, h, w, c]. What is given of `residual`, `norm` and SiLU comes after."""
         if past is None:
             past = jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
-        f = x.shape[1]
-        # Straight from `past` and `x`: putting those in a row first would be one more copy of `x`.
-        frames = [jnp.concatenate([past[:, k : k + f], x[:, : max(f + k - 2, 0)]], axis=1) for k in range(2)] + [x]
-        y = conv3d(frames, self.kernel[...]) + self.bias[...].astype(x.dtype)
-        return y, jnp.concatenate([past[:, f:], x[:, -2:]], axis=1)
+        more = {} if norm is None else {"scale": norm.scale[...], "eps": norm.eps}
+        y = convolve(x, self.kernel[...], self.bias[...], past=past, residual=residual, **more)
+        return y, jnp.concatenate([past[:, x.shape[1] :], x[:, -2:]], axis=1)
 
 
 class Residual(nnx.Module):
@@ -118,9 +86,9 @@ class Residual(nnx.Module):
 
     def __call__(self, x: Float[Array, "b f h w c"], past: Leaf) -> tuple[Float[Array, "b f h w out"], Leaf]:
         past1, past2 = past or (None, None)
-        y, past1 = self.conv1(jax.nn.silu(self.norm1(x)), past1)
-        y, past2 = self.conv2(jax.nn.silu(self.norm2(y)), past2)
-        return (x if self.shortcut is None else self.shortcut(x)) + y, (past1, past2)
+        y, past1 = self.conv1(jax.nn.silu(self.norm1(x)), past1, norm=self.norm2)
+        y, past2 = self.conv2(y, past2, residual=x if self.shortcut is None else self.shortcut(x))
+        return y, (past1, past2)
 
 
 class Attention(nnx.Module):

@@ -10,8 +10,9 @@ from flax import nnx
 from lf_jax import config
 from lf_jax.arrays import Array, Float, Leaf
 from lf_jax.layers import Linear
-from lf_jax.vae.layers import Conv, interleave, run, upsample
+from lf_jax.vae.layers import Conv, interleave, run
 from lf_jax.vae.wan import statistics
+from pallas_kernels.conv.xla import upsample
 
 BLOCKS = 3  # memory blocks of a level
 

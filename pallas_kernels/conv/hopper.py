@@ -1,0 +1,396 @@
+"""The convolution for Hopper (compute capability 9.0), an implicit matrix product in Mosaic GPU.
+
+A tile is some rows of 64 neighbouring pixels of one frame, and all output channels or a share of them. Thread blocks stay and
+take tile after tile, those of following frames at the same place first, so that what they share is still in the L2 cache. Two
+warpgroups multiply, half of the rows each; a warp of the third starts the copies, also those of the next tile while this one
+is stored. A step of the products takes 32 channels of the rows of one frame, moved by the column of the kernel, and serves
+all rows of the kernel. What the image lacks at its borders, and channels beyond the last, the copies fill with zeros; the two
+frames before the first are read where they lie.
+
+After an upsampling, pixel (2 i + a, 2 j + b) sees two rows and two columns of the input, i + a - 1, i + a and j + b - 1,
+j + b, with sums of the kernel's rows and columns for weights: four kernels of 2 x 2, one for each (a, b), a third of whose
+nine products never have to be made.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import platform
+from pallas_kernels.conv.types import SIDE, Form
+from pallas_kernels.conv.xla import normed
+
+COLUMNS = 64  # pixels of a row of a tile: what a product of a warpgroup takes
+STEP = 32  # channels of a step
+WIDEST = 192  # output channels of a tile
+SXM = 132  # multiprocessors of an H100 or H200 in its usual form
+SHARED = 225 * 1024  # bytes of shared memory that tiles may have
+FETCHED = 24  # bytes that a multiprocessor gets from the L2 cache in a clock, while all do
+FILLED = 0.6  # of the tiles' pixels, where the kernel is worth it
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+ROUND = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(2 * STEP))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel is laid out."""
+
+    rows: int | None = None  # of a tile, for both warpgroups; None takes what should be fastest
+    stages: int | None = None  # steps in flight; None takes as many as fit, four at most
+    multiprocessors: int = dataclasses.field(default_factory=lambda: platform.device().multiprocessors or SXM)
+    interpret: Any = None  # `InterpretGPUParams` runs on the CPU
+
+
+def reason(x: Any, kernel: Any, form: Form) -> str | None:
+    """Why the kernel cannot run such a call here; None if it can."""
+    capability = platform.device().compute_capability
+    if capability is None or capability[0] != 9:
+        return f"needs an NVIDIA GPU of compute capability 9.0, this is {platform.describe()}"
+    return unfit(x, kernel, form)
+
+
+def unfit(x: Any, kernel: Any, form: Form) -> str | None:
+    """Why the kernel is not made for such a call on any device; None if it is."""
+    *_, width, inputs = x.shape
+    outputs = kernel.shape[-1]
+    rules = {
+        f"needs pixels, received {x.shape}": x.size > 0,
+        f"needs bfloat16, received {x.dtype}": x.dtype == jnp.bfloat16,
+        f"needs a kernel of {SIDE} rows and columns, received {kernel.shape[1]}": kernel.shape[1] == SIDE,
+        f"needs a multiple of 8 input channels, received {inputs}": inputs % 8 == 0,
+        f"needs rows of a multiple of 8 pixels, received {width}": width % 8 == 0,
+        f"needs at most {WIDEST} output channels or a multiple of them, received {outputs}": outputs <= WIDEST
+        or outputs % WIDEST == 0,
+    }
+    return next((rule for rule, holds in rules.items() if not holds), None)
+
+
+def slow(x: Any, kernel: Any, form: Form) -> str | None:
+    """Why the kernel should not be the fastest: small images leave too much of its tiles, or of the GPU, without work."""
+    config = Config()
+    size = plan(x, kernel, form, False, config)
+    work = math.prod(x.shape[:4]) * size.phases * size.shares
+    filled = work / (size.waves(config) * config.multiprocessors * size.rows * COLUMNS)
+    return None if filled >= FILLED else f"{filled:.0%} of its tiles would be at work, less than {FILLED:.0%}"
+
+
+class Plan(NamedTuple):
+    """The tiles of a call."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+    inputs: int
+    outputs: int  # a multiple of 8
+    taps: int  # frames of the kernel
+    form: Form
+    residual: bool
+    rows: int  # of a tile
+    stages: int
+    staged: int  # rows of a warpgroup that wait to be stored
+
+    @property
+    def side(self) -> int:
+        return 2 if self.form.upsample else SIDE
+
+    @property
+    def phases(self) -> int:
+        return 4 if self.form.upsample else 1
+
+    @property
+    def channels(self) -> int:
+        """Outputs of a tile."""
+        return min(self.outputs, WIDEST)
+
+    @property
+    def shares(self) -> int:
+        return self.outputs // self.channels
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.inputs // STEP)
+
+    @property
+    def steps(self) -> int:
+        return self.taps * self.side * self.chunks
+
+    @property
+    def places(self) -> tuple[int, int]:
+        return -(-self.height // self.rows), -(-self.width // COLUMNS)
+
+    @property
+    def tiles(self) -> int:
+        return math.prod(self.places) * self.batch * self.frames * self.phases * self.shares
+
+    @property
+    def stage_bytes(self) -> int:
+        return 2 * STEP * ((self.rows + self.side - 1) * COLUMNS + self.side * self.channels)
+
+    @property
+    def staged_bytes(self) -> int:
+        return 2 * 2 * self.staged * COLUMNS * self.channels
+
+    @property
+    def clocks(self) -> float:
+        """Of a tile, about: for products or for copies, whichever takes longer, and for its end.
+
+        A product of 64 pixels x 16 channels x n takes n / 2 clocks of the tensor cores, and 16 + n / 4 of shared memory.
+        """
+        products = self.rows * self.side * (STEP // 16) * max(self.channels / 2, 16 + self.channels / 4)
+        return self.steps * max(products, self.stage_bytes / FETCHED) + 200 * self.rows
+
+    def waves(self, config: Config) -> int:
+        """Tiles of the thread block that has most."""
+        return -(-self.tiles // config.multiprocessors)
+
+    def fitted(self, config: Config) -> "Plan":
+        """With the rows that should be fastest, and the stages that fit."""
+        tried = [rows for rows in (2, 4, 8, 16) if rows // 2 * self.channels <= 2 * WIDEST]
+        tried = tried if config.rows is None else [config.rows]
+        plans = [self._replace(rows=rows, staged=rows // 2 if self.channels <= 48 else min(rows // 2, 2)) for rows in tried]
+        plans = [plan._replace(stages=config.stages or min(4, plan.most_stages)) for plan in plans]
+        return min((plan for plan in plans if plan.stages > 1), key=lambda plan: plan.waves(config) * plan.clocks)
+
+    @property
+    def most_stages(self) -> int:
+        return (SHARED - self.staged_bytes) // self.stage_bytes
+
+
+def plan(x: Any, kernel: Any, form: Form, residual: bool, config: Config) -> Plan:
+    b, f, h, w, c = x.shape
+    outputs = -(-kernel.shape[-1] // 8) * 8
+    return Plan(b, f, h, w, c, outputs, kernel.shape[0], form, residual, 0, 0, 0).fitted(config)
+
+
+class Tile(NamedTuple):
+    """Where a tile lies. All are numbers of the kernel's registers."""
+
+    batch: Any
+    frame: Any
+    row: Any  # the first
+    column: Any  # the first
+    phase: Any
+    share: Any
+
+
+def conv(x, kernel, bias, past, residual, scale, form: Form, eps: float, *, config: Config | None = None):
+    """See `api.convolve`; every argument but `config` is required.
+
+    Raises:
+        NotImplementedError: if the kernel is not made for such a call, with the reason.
+    """
+    cannot = unfit(x, kernel, form)
+    if cannot is not None:
+        raise NotImplementedError(f"convolution for Hopper: {cannot}")
+    config, outputs = config or Config(), kernel.shape[-1]
+    fused = form._replace(norm=form.norm and outputs <= WIDEST)  # a tile has to have all channels of its pixels
+    size = plan(x, kernel, fused, residual is not None, config)
+    more, times = [(0, size.outputs - outputs)], 2 if form.upsample else 1
+    shape = (size.batch * size.frames, size.height, size.width)
+    grown = (shape[0], shape[1], 2, shape[2], 2 * size.outputs) if form.upsample else (*shape, size.outputs)
+    flat = x.reshape(*shape, size.inputs)
+    past = flat if past is None else past.astype(x.dtype).reshape(-1, *flat.shape[1:])
+    bias = jnp.pad(bias.astype(jnp.float32), more)
+    gain = jnp.pad(scale.astype(jnp.float32), more) if fused.norm else bias
+    added = bias if residual is None else jnp.pad(residual.astype(x.dtype), [(0, 0)] * 4 + more).reshape(grown)
+    if config.interpret is not None:  # the interpreter fills with zeros behind an array, and not before it
+        flat, past = (jnp.pad(frames, ((0, 0), (1, 0), (1, 0), (0, 0))) for frames in (flat, past))
+    y = _run(size, config, outputs, eps, grown)(flat, past, weights(kernel, size, x.dtype), bias, gain, added)
+    y = y.reshape(size.batch, size.frames, times * size.height, times * size.width, size.outputs)[..., :outputs]
+    return normed(y, scale, eps) if form.norm and not fused.norm else y
+
+
+def weights(kernel: jax.Array, size: Plan, dtype: jnp.dtype) -> jax.Array:
+    """[phase x share x step, row of the kernel, output, channel of the step]: what a step takes lies together."""
+    kernel = kernel.astype(jnp.float32)
+    if size.form.upsample:
+        # which rows (or columns) of the kernel fall on the same one of the input, for even and for odd outputs
+        sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)
+        kernel = jnp.einsum("aih,bjw,thwcn->abtijcn", sums, sums, kernel, precision=lax.Precision.HIGHEST)
+    kernel = kernel.reshape(size.phases, size.taps, size.side, size.side, *kernel.shape[-2:])
+    missing = size.chunks * STEP - size.inputs, size.outputs - kernel.shape[-1]
+    kernel = jnp.pad(kernel, [(0, 0)] * 4 + [(0, more) for more in missing]).astype(dtype)
+    kernel = kernel.reshape(*kernel.shape[:4], size.chunks, STEP, size.shares, size.channels)
+    kernel = kernel.transpose(0, 6, 1, 3, 4, 2, 7, 5)  # phase share tap column chunk | row output channel
+    return kernel.reshape(-1, size.side, size.channels, STEP)
+
+
+def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[int, ...]):
+    half, side, steps, stages = size.rows // 2, size.side, size.steps, size.stages
+    blocks = min(config.multiprocessors, size.tiles)
+    interpreted = config.interpret is not None
+    ragged = size.height % size.rows > 0  # then some rows are not stored, and counting the stores does not tell which are done
+
+    def body(x_g, past_g, w_g, bias_g, scale_g, added_g, out_g, x_s, w_s, out_s, full, free, added):
+        written, read = (x_s, x_s) if interpreted else x_s
+        wg, first = lax.axis_index("wg"), lax.axis_index("block")
+        mine = lax.div(size.tiles - first + blocks - 1, blocks)
+
+        def tile(i) -> Tile:
+            n = first + i * blocks
+            numbers = []
+            for count in (size.shares, size.phases, size.frames, size.places[1], size.places[0]):
+                numbers.append(lax.rem(n, count))
+                n = lax.div(n, count)
+            share, phase, frame, column, row = numbers
+            return Tile(n, frame, row * size.rows, column * COLUMNS, phase, share)
+
+        def here(at: Tile, row):
+            """Of the outputs, or of what is added to them: a row of a tile."""
+            channels = pl.ds(at.share * size.channels, size.channels)
+            place = (at.batch * size.frames + at.frame, row)
+            if size.form.upsample:
+                channels = pl.ds(lax.rem(at.phase, 2) * size.outputs + at.share * size.channels, size.channels)
+                place = (*place, lax.div(at.phase, 2))
+            return (*place, pl.ds(at.column, COLUMNS), channels)
+
+        @pl.when(wg < 2)
+        def consumer():
+            plgpu.set_max_registers(232, action="increase")
+
+            def rows(at: Tile, r):
+                return at.row + wg * half + r
+
+            def fetch_added(at: Tile, r):
+                """What is added to row r, to where it waits to be stored."""
+                slot = wg * size.staged + r % size.staged
+                source = added_g.at[here(at, rows(at, r))]
+                pl.when(rows(at, r) < size.height)(lambda: plgpu.copy_gmem_to_smem(source, out_s.at[slot], added.at[slot]))
+
+            def store(at: Tile, r: int, y):
+                slot = wg * size.staged + r % size.staged
+                staged = out_s.at[slot]
+                y = y + across(bias_g, at, y.shape)
+                if size.residual:
+
+                    @pl.when(rows(at, r) < size.height)
+                    def _():
+                        plgpu.barrier_wait(added.at[slot])
+
+                    y = y + load(staged)
+                else:
+                    plgpu.wait_smem_to_gmem(0 if ragged else size.staged - 1, wait_read_only=True)
+                if size.form.norm:
+                    square = (y * y).sum(axis=1) * (1 / divisor) + eps
+                    y = y * lax.broadcast_in_dim(lax.rsqrt(square), y.shape, [0]) * across(scale_g, at, y.shape)
+                    y = y / (1 + jnp.exp(-y))
+                staged[...] = y.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+
+                @pl.when(rows(at, r) < size.height)
+                def _():
+                    plgpu.copy_smem_to_gmem(staged, out_g.at[here(at, rows(at, r))])
+
+                if size.residual and r + size.staged < half:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    fetch_added(at, r + size.staged)
+
+            def across(vector, at: Tile, shape):
+                part = vector.at[pl.ds(at.share * size.channels, size.channels)]
+                return lax.broadcast_in_dim(part[...] if interpreted else load(part, COLUMN), shape, [1])
+
+            def load(ref, layout=plgpu.Layout.WGMMA):
+                if interpreted:
+                    return ref[...]
+                whole = {"idx": ()} if jax.__version_info__ < (0, 11) else {}  # required until 0.10, deprecated since
+                return plgpu.load(ref, **whole, layout=layout, optimized=False)
+
+            @pl.loop(0, mine)
+            def _(i):
+                at = tile(i)
+                if size.residual:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    for r in range(size.staged):
+                        fetch_added(at, r)
+
+                def products(*sums):
+                    def step(k, _):
+                        n = i * steps + k
+                        slot = lax.rem(n, stages)
+                        plgpu.barrier_wait(full.at[slot])
+                        for row in range(side):
+                            for r, total in enumerate(sums):
+                                plgpu.wgmma(total, read.at[slot, wg * half + r + row], w_s.at[slot, row].T)
+                        plgpu.wgmma_wait(side * half)
+                        pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(n + stages - 1, stages)]))
+
+                    lax.fori_loop(0, steps, step, None)
+                    return tuple(total[...] for total in sums)
+
+                totals = pl.run_scoped(products, *[plgpu.ACC((COLUMNS, size.channels), jnp.float32)] * half)
+                plgpu.barrier_arrive(free.at[lax.rem(i * steps + steps - 1, stages)])
+                for r, y in enumerate(totals):
+                    store(at, r, y)
+
+            plgpu.wait_smem_to_gmem(0)
+
+        def fetch(n):
+            slot, k, at = lax.rem(n, stages), lax.rem(n, steps), tile(lax.div(n, steps))
+            chunk, column = lax.rem(k, size.chunks), lax.rem(lax.div(k, size.chunks), side)
+            frame = at.frame + lax.div(k, size.chunks * side) - (size.taps - 1)
+            row, begin = at.row + (interpreted - 1), at.column + column + (interpreted - 1)
+            if size.form.upsample:
+                row, begin = row + lax.div(at.phase, 2), begin + lax.rem(at.phase, 2)
+            patch = pl.ds(row, size.rows + side - 1), pl.ds(begin, COLUMNS), pl.ds(chunk * STEP, STEP)
+            pl.when(n >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+            plgpu.copy_gmem_to_smem(w_g.at[(at.phase * size.shares + at.share) * steps + k], w_s.at[slot], full.at[slot])
+
+            @pl.when(frame >= 0)
+            def _():
+                plgpu.copy_gmem_to_smem(x_g.at[at.batch * size.frames + frame, *patch], written.at[slot], full.at[slot])
+
+            if size.taps > 1:
+
+                @pl.when(frame < 0)
+                def _():
+                    before = at.batch * (size.taps - 1) + frame + size.taps - 1
+                    plgpu.copy_gmem_to_smem(past_g.at[before, *patch], written.at[slot], full.at[slot])
+
+        @pl.when(wg == 2)
+        def producer():
+            plgpu.set_max_registers(40, action="decrease")
+
+            @plgpu.warp_map
+            def per_warp(warp):
+                @pl.when(warp == 0)
+                def _():
+                    pl.loop(0, mine * steps)(fetch)
+
+                    @pl.loop(lax.max(mine * steps - stages, 0), mine * steps)  # no arrival may be left that nobody saw
+                    def _(n):
+                        plgpu.barrier_wait(free.at[lax.rem(n, stages)])
+
+    patch = functools.partial(plgpu.SMEM, (stages, size.rows + side - 1, COLUMNS, STEP), jnp.bfloat16)
+    # A copy into tiles would have to begin at a multiple of 8 pixels. 64 pixels of 32 channels lie the same way in tiles and
+    # in rows, so the copies write them as rows, and the products read them as tiles.
+    image = patch(transforms=ROUND)
+    if not interpreted:
+        image = plgpu.RefUnion(patch(transforms=ROUND[1:]), image)
+    smooth = ROUND if size.channels % STEP == 0 else ()
+    lane = plgpu.LoweringSemantics.Lane
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(out_shape, jnp.bfloat16),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="wg",
+        scratch_types=[
+            image,
+            plgpu.SMEM((stages, side, size.channels, STEP), jnp.bfloat16, transforms=ROUND),
+            plgpu.SMEM((2 * size.staged, COLUMNS, size.channels), jnp.bfloat16, transforms=smooth),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=2),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=2),
+            plgpu.Barrier(num_barriers=2 * size.staged),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, lowering_semantics=lane),
+        **({} if config.interpret is None else {"interpret": config.interpret}),
+    )
