@@ -6,11 +6,12 @@
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lf_jax import cache as kv
 from lf_jax import vae
@@ -90,6 +91,21 @@ def generate(
             yield Chunk(pixels, latents, StreamState(done, past))
 
     return chunks()
+
+
+def fetch(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """The same chunks with their frames in host memory, each once the next one is under way: the device goes on meanwhile.
+
+    However long the video, the device holds the frames of two chunks. All states but the last are consumed when they come.
+    """
+    held = None
+    for chunk in chunks:
+        chunk.frames.copy_to_host_async()
+        if held is not None:
+            yield dataclasses.replace(held, frames=np.asarray(held.frames))
+        held = chunk
+    if held is not None:
+        yield dataclasses.replace(held, frames=np.asarray(held.frames))
 
 
 def decode(

@@ -11,7 +11,7 @@ import numpy as np
 from lf_jax import loading, presets, programs
 from lf_jax.arrays import Array, Float, Key, UInt8
 from lf_jax.config import Config, check
-from lf_jax.generate import Chunk, StreamState, begin, generate
+from lf_jax.generate import Chunk, StreamState, begin, fetch, generate
 from lf_jax.inputs import Pixels, check_runs, first_frames
 from lf_jax.noise import sample_key
 from lf_jax.rollout import branches
@@ -34,11 +34,7 @@ class Pipeline:
 
     def __call__(self, prompt: str | Sequence[str], **options) -> UInt8[np.ndarray, "b f h w 3"]:
         """One video a prompt, in host memory. Options as in `stream`."""
-        videos = []
-        for chunk in self.stream(prompt, **options):  # asks for the next chunk while this one is still computing
-            chunk.frames.copy_to_host_async()
-            videos.append(chunk.frames)
-        return np.concatenate(videos, axis=1)
+        return np.concatenate([chunk.frames for chunk in fetch(self.stream(prompt, **options))], axis=1)
 
     def stream(
         self,

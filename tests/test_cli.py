@@ -14,7 +14,7 @@ import pytest
 import small
 
 from lf_jax import checkpoint, cli, plan, presets
-from lf_jax.commands import outputs
+from lf_jax.commands import outputs, stream
 from lf_jax.video import read_video
 
 
@@ -123,11 +123,18 @@ def test_a_stream_stops_and_goes_on(model, tmp_path, capsys):
     run(*shared, "--output", tmp_path / "whole.mp4")
     run(*shared, "--output", tmp_path / "a.mp4", "--stop-at", 10, "--state-out", tmp_path / "a.state")
     assert "frames     9 ..    20" in capsys.readouterr().err
-    run(*shared, "--output", tmp_path / "b.mp4", "--state-in", tmp_path / "a.state")
+    run(*shared, "--output", tmp_path / "b.mp4", "--state-in", tmp_path / "a.state", "--stop-at", 33)
+    assert "frames    21 ..    32" in capsys.readouterr().err
     whole, start, rest = (frames(tmp_path / name) for name in ("whole.mp4", "a.mp4", "b.mp4"))
     assert (len(whole), len(start), len(rest)) == (33, 21, 12)
     np.testing.assert_array_equal(start, whole[:21])
     assert np.corrcoef(rest.ravel(), whole[21:].ravel())[0, 1] > 0.9  # another key frame, so not the same bytes
+
+
+def test_a_stream_says_how_long_a_viewer_waits():
+    assert stream.summary([(9, 1.5)]) == "first frames after 1.50 s"
+    paces = [(9, 1.5), (12, 0.15), (12, 0.16), (12, 0.29)]
+    assert stream.summary(paces) == "first frames after 1.50 s, then 60.0 frames/s: a chunk every 160 ms (150 .. 290)"
 
 
 def test_a_terminated_stream_leaves_nothing(model, tmp_path):

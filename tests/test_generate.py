@@ -13,6 +13,7 @@ from small import CONFIG
 import lf_jax
 from lf_jax import loading, pipeline
 from lf_jax.config import Cache, Rollout, Sparsity
+from lf_jax.generate import fetch
 from lf_jax.rollout import compiled_chunk
 
 PROMPT = "a red ball"
@@ -74,6 +75,25 @@ def test_the_step_is_compiled_once_for_all_chunks(pipe):
     before = compiled_chunk._cache_size()
     list(pipe.stream("another prompt", seed=9))
     assert compiled_chunk._cache_size() == before
+
+
+def test_the_next_chunk_is_under_way_while_one_is_used(pipe):
+    """And the device never holds the frames of more than these two chunks."""
+    asked, seen = [], []
+    gc.collect()
+
+    def watched():
+        for chunk in pipe.stream(PROMPT, seed=3, num_frames=57, cache=Cache(window=6), sparsity=Sparsity(policy="dense")):
+            asked.append(chunk.frames.shape[1])
+            yield chunk
+
+    for chunk in fetch(watched()):
+        assert isinstance(chunk.frames, np.ndarray)
+        seen.append(len(asked))
+        del chunk
+        pixels = {a.unsafe_buffer_pointer() for a in jax.live_arrays() if a.dtype == np.uint8 and a.ndim == 5}
+        assert len(pixels) <= 2
+    assert asked == [9, 12, 12, 12, 12] and seen == [2, 3, 4, 5, 5]
 
 
 def test_the_encoder_is_gone_after_encoding(pipe):

@@ -3,14 +3,12 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated
 
-import numpy as np
 import tyro
 
 from lf_jax import generate, loading, pipeline, programs, text
-from lf_jax.arrays import Array
 from lf_jax.commands import outputs
 from lf_jax.commands.console import note, progress, show_config
 from lf_jax.commands.prompts import read_embeddings, read_prompts
@@ -116,19 +114,7 @@ def write_videos(
     """Writes a batch of videos while it is made: one file a video, each complete or absent."""
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(Mp4Writer(path, fps)) for path in paths]
-        for frames in one_behind(stream):
-            for writer, video in zip(writers, np.asarray(frames), strict=True):
+        for chunk in generate.fetch(stream):
+            for writer, video in zip(writers, chunk.frames, strict=True):
                 writer.add(video)
             advance()
-
-
-def one_behind(stream: Iterable[generate.Chunk]) -> Iterator[Array]:
-    """The frames of every chunk, once the next chunk is under way: the device computes while the host encodes."""
-    held = None
-    for chunk in stream:
-        chunk.frames.copy_to_host_async()
-        if held is not None:
-            yield held
-        held = chunk.frames
-    if held is not None:
-        yield held

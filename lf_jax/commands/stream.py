@@ -2,11 +2,11 @@
 
 import dataclasses
 import pathlib
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
-import numpy as np
 import tyro
 
 from lf_jax import checkpoint, generate, loading, pipeline, programs
@@ -20,12 +20,13 @@ from lf_jax.video import Mp4Writer
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Make one video chunk by chunk, with the time every chunk took.
+    """Make one video chunk by chunk, with the time every chunk took and how long a viewer waits for the first.
 
-    The video grows in FILE.partial.mp4, which players can open meanwhile, and takes its name when it is complete. The state
-    after the last chunk can be saved, and a later run goes on from it as if it had not stopped, also with another
-    prompt: it writes the new frames only. Without a window (cache.window), and with sparse attention, the state holds a
-    plan of the whole video, so --num-frames is the same in both runs and --stop-at says where the first one ends.
+    A chunk is written while the next one is computed. The video grows in FILE.partial.mp4, which players can open
+    meanwhile, and takes its name when it is complete. The state after the last chunk can be saved, and a later run goes
+    on from it as if it had not stopped, also with another prompt: it writes the new frames only. Without a window
+    (cache.window), and with sparse attention, the state holds a plan of the whole video, so --num-frames is the same in
+    both runs and --stop-at says where the first one ends.
 
     Example: lf-jax stream --model DIR --prompt "Waves" --output a.mp4 --stop-at 45 --state-out a.state
              lf-jax stream --model DIR --prompt "A storm" --output b.mp4 --state-in a.state
@@ -67,7 +68,10 @@ class Stream:
         source.check(*(("dit", "vae") if self.embeddings else ("dit", "vae", "text")))
         encoded = read_embeddings(self.embeddings, source)
         with programs.ahead(programs.of_videos(config)):
+            if encoded is None:  # before the transformer takes its place in memory
+                encoded = pipeline.encode_prompts(source, pipeline.texts([self.prompt], config))
             pipe = pipeline.load(self.model, config, seed=self.weights_seed)
+        start, paces = time.perf_counter(), []
         stream = pipe.stream(
             self.prompt,
             seed=self.seed,
@@ -77,16 +81,17 @@ class Stream:
             state=state,
         )
         with Mp4Writer(self.output, config.video.fps, growing=True) as writer:
-            for chunk, seconds in timed(stream):
-                made = chunk.frames.shape[1]
-                writer.add(np.asarray(chunk.frames[0]))
-                end = pixel_frames(int(chunk.state.rollout.cache.end), config)
-                note(f"frames {end - made:5d} .. {end - 1:5d}  {seconds:7.2f} s  {made / seconds:7.1f} frames/s")
-                if self.stop_at is not None and end >= self.stop_at:
-                    break
+            for chunk in generate.fetch(until(stream, (self.stop_at or planned) - made)):
+                [frames], now = chunk.frames, time.perf_counter()
+                seconds, start = now - start, now
+                paces.append((len(frames), seconds))
+                writer.add(frames)
+                made += len(frames)
+                shown = f"frames {made - len(frames):5d} .. {made - 1:5d}"
+                note(f"{shown}  {seconds:7.2f} s  {len(frames) / seconds:7.1f} frames/s")
             if self.state_out is not None:
                 checkpoint.save_state(self.state_out, chunk.state)
-        note("the time of the first chunks includes compilation")
+        note(summary(paces))
         print(self.output)
 
 
@@ -104,12 +109,22 @@ def pixel_frames(latent_frames: int, config: Config) -> int:
     return 1 + (latent_frames - 1) * config.vae.temporal_stride
 
 
-def timed(stream: Iterator[generate.Chunk]) -> Iterator[tuple[generate.Chunk, float]]:
-    """Chunks with the seconds from asking for each to having its pixels."""
-    while True:
-        start = time.perf_counter()
-        chunk = next(stream, None)
-        if chunk is None:
+def until(chunks: Iterator[generate.Chunk], frames: int) -> Iterator[generate.Chunk]:
+    """The chunks up to the one that reaches so many pixel frames; the one after it is not asked for."""
+    for chunk in chunks:
+        yield chunk
+        frames -= chunk.frames.shape[1]
+        if frames <= 0:
             return
-        chunk.frames.block_until_ready()
-        yield chunk, time.perf_counter() - start
+
+
+def summary(paces: Sequence[tuple[int, float]]) -> str:
+    """How long a viewer waits and how steadily the rest comes, from the frames and seconds of every chunk."""
+    (_, wait), *later = paces
+    if not later:
+        return f"first frames after {wait:.2f} s"
+    frames, seconds = zip(*later, strict=True)
+    return (
+        f"first frames after {wait:.2f} s, then {sum(frames) / sum(seconds):.1f} frames/s: a chunk every "
+        f"{1000 * statistics.median(seconds):.0f} ms ({1000 * min(seconds):.0f} .. {1000 * max(seconds):.0f})"
+    )
