@@ -84,12 +84,13 @@ def expected(case: Case) -> np.ndarray:
     return y + np.asarray(rest["residual"], np.float64) if case.residual else y
 
 
-def check(case: Case, run):
+def check(case: Case, run, wanted: np.ndarray, rounding: float = 2.5e-3):
+    """`rounding`: what bfloat16 costs at most, relative L2."""
     given, rest = arguments(case)
-    out, wanted = jax.jit(functools.partial(run, **case.fixed))(*given, **rest), expected(case)
+    out = jax.jit(functools.partial(run, **case.fixed))(*given, **rest)
     if not case.quantise:
         assert out.dtype == jnp.bfloat16 and out.shape == wanted.shape
-        assert distance(out, wanted) <= 2.5e-3  # what bfloat16 costs
+        assert distance(out, wanted) <= rounding
         return
     assert out.values.dtype == jnp.float8_e4m3fn and out.values.shape == wanted.shape
     assert out.scale.dtype == jnp.float32 and out.scale.shape == wanted.shape[:-1]
@@ -110,7 +111,7 @@ def interpreted(*given, config=(), **rest):
 
 @pytest.mark.parametrize("name", CASES)
 def test_xla(name):
-    check(CASES[name], xla.linear)
+    check(CASES[name], xla.linear, expected(CASES[name]))
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 knows no transposed operand")
@@ -118,54 +119,54 @@ def test_xla(name):
 def test_in_the_interpreter(name):
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
-    check(CASES[name], functools.partial(interpreted, config=CASES[name].config))
+    check(CASES[name], functools.partial(interpreted, config=CASES[name].config), expected(CASES[name]))
     assert not interpret_pallas_call.get_races().races_found
 
 
-EPILOGUES = {
-    "bias": {},
-    "GELU": {"gelu": True},
-    "GELU to float8": {"gelu": True, "quantise": True},
-    "residual": {"residual": True},
-    "gate": {"residual": True, "frames": 3},
+FULL_SIZE = {
+    "bias": Case(tokens=4608, outputs=4608, inputs=1536, layers=30),
+    "GELU to float8": Case(tokens=4680, outputs=8960, inputs=1536, layers=30, gelu=True, quantise=True),
+    "residual": Case(tokens=4680, outputs=1536, inputs=1536, layers=30, residual=True),
+    "gate": Case(tokens=4608, outputs=1536, inputs=8960, layers=30, residual=True, frames=3),
+    "gate, frames that end within tiles": Case(tokens=4680, outputs=1536, inputs=1536, layers=30, residual=True, frames=3),
 }
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-@pytest.mark.parametrize("tokens", [4608, 4680])
-@pytest.mark.parametrize(("outputs", "inputs"), [(1536, 1536), (4608, 1536), (1536, 8960), (8960, 1536), (64, 192)])
-def test_on_the_gpu(tokens, outputs, inputs, epilogue):
-    case = Case(tokens=tokens, inputs=inputs, outputs=outputs, layers=2, **EPILOGUES[epilogue])
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_on_the_gpu(name):
+    """Against XLA, which is checked above. The tensor cores' sums of float8 products have about 14 bits."""
+    case = dataclasses.replace(FULL_SIZE[name], layers=2)
+    given, rest = arguments(case)
+    fixed = case.fixed | {"dtype": jnp.dtype(jnp.float32)}
+    rest = {key: value.astype(jnp.float32) if key == "residual" and value is not None else value for key, value in rest.items()}
+    wanted = np.asarray(jax.jit(functools.partial(xla.linear, **fixed))(*given, **rest | {"reach": None}))
     for config in (None, Config(tile=96, cluster=1, lead=0), Config(tile=256, stages=3, buffers=1)):
-        check(case, functools.partial(hopper.linear, config=config))
-    arguments.cache_clear()
+        check(case, functools.partial(hopper.linear, config=config), wanted, rounding=4e-3)
 
 
-@pytest.mark.parametrize(
-    ("epilogue", "tokens", "outputs", "inputs"),
-    [
-        ("bias", 4608, 4608, 1536),
-        ("GELU to float8", 4680, 8960, 1536),
-        ("residual", 4680, 1536, 1536),
-        ("gate", 4608, 1536, 8960),
-        ("gate", 4680, 4608, 1536),
-    ],
-)
-def test_full_size_lowers_without_a_gpu_to_one_kernel(epilogue, tokens, outputs, inputs):
+@pytest.mark.gpu
+def test_small_sizes_on_the_gpu():
+    for case in CASES.values():
+        check(case, functools.partial(hopper.linear, config=Config(**dict(case.config))), expected(case))
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_lowers_without_a_gpu_to_one_kernel(name):
     """Shared memory, shapes and layouts are checked on the way. Nothing of a stack of weights is copied."""
-    array, case = jax.ShapeDtypeStruct, Case(**EPILOGUES[epilogue])
+    case, array = FULL_SIZE[name], jax.ShapeDtypeStruct
 
     def rows(*shape):
         return Quantised(array(shape, jnp.float8_e4m3fn), array(shape[:-1], jnp.float32))
 
     rest = {
-        "gate": array((1, 3, outputs), jnp.float32) if case.frames else None,
-        "residual": array((1, tokens, outputs), jnp.bfloat16) if case.residual else None,
-        "reach": array((30, 2), jnp.float32) if case.quantise else None,
+        "gate": array((1, case.frames, case.outputs), jnp.float32) if case.frames else None,
+        "residual": array((1, case.tokens, case.outputs), jnp.bfloat16) if case.residual else None,
+        "reach": array((case.layers, 2), jnp.float32) if case.quantise else None,
     }
+    weights, bias = rows(case.layers, case.outputs, case.inputs), array((case.layers, case.outputs), jnp.float32)
+    given = rows(1, case.tokens, case.inputs), weights, bias, array((), jnp.int32)
     run = functools.partial(hopper.linear, **case.fixed)
-    given = rows(1, tokens, inputs), rows(30, outputs, inputs), array((30, outputs), jnp.float32), array((), jnp.int32)
     text = jax.jit(run).trace(*given, **rest).lower(lowering_platforms=("cuda",)).as_text()
     operations = {line.split("stablehlo.")[1].split()[0] for line in text.splitlines() if "stablehlo." in line}
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
