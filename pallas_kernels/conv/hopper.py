@@ -205,6 +205,8 @@ def conv(x, kernel, bias, past, residual, scale, form: Form, eps: float, *, conf
         flat, past = (jnp.pad(frames, ((0, 0), (1, 0), (1, 0), (0, 0))) for frames in (flat, past))
     y = _run(size, config, outputs, eps, grown)(flat, past, weights(kernel, size, x.dtype), bias, gain, added)
     y = y.reshape(size.batch, size.frames, times * size.height, times * size.width, size.outputs)[..., :outputs]
+    if form.upsample:  # or XLA writes all of it again as float32, for a norm that comes next
+        y = lax.optimization_barrier(y)
     return normed(y, scale, eps) if form.norm and not fused.norm else y
 
 
