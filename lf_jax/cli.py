@@ -110,7 +110,7 @@ def parse(name: str, words: Sequence[str]):
         return cli(command)
     if hasattr(command, "defaults"):  # its settings are more than a Config
         return cli(functools.partial(command, settings=command.defaults(_option(words, "--config"))))
-    base = _base_config(_option(words, "--config"), _option(words, "--model")) or Config()
+    base = _base_config(*(_option(words, name) for name in ("--config", "--model", "--vae"))) or Config()
     parsed = cli(functools.partial(command, settings=base))
     video, scale = parsed.settings.video, parsed.settings.rollout.guidance_scale
     check(
@@ -144,14 +144,14 @@ def describe(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _base_config(config: str | None, model: str | None) -> Config | None:
+def _base_config(config: str | None, model: str | None, vae: str | None) -> Config | None:
     """The config before overrides: the parts that a model fixes are the model's, the rest is `--config`'s or the model's."""
     from lf_jax import loading, presets
 
     chosen = None if config is None else presets.load(config)
     if model is None:
         return chosen
-    return loading.config_of(model, chosen)
+    return loading.config_of(model, chosen, vae)
 
 
 def _option(words: Sequence[str], name: str) -> str | None:

@@ -7,7 +7,8 @@ import pathlib
 import jax
 from flax import nnx
 
-from lf_jax import checkpoint, presets, vae
+from lf_jax import checkpoint, presets
+from lf_jax import vae as vaes
 from lf_jax.checkpoint import component
 from lf_jax.config import Config, Model, Text, Vae, check
 from lf_jax.dit import WanDiT
@@ -25,21 +26,24 @@ class Source:
     Attributes:
         folder: converted weights; None for random ones.
         seed: of random weights.
+        vae_folder: converted weights that the autoencoder has in place of those.
     """
 
     config: Config
     folder: pathlib.Path | None
     seed: int = 0
+    vae_folder: pathlib.Path | None = None
 
     def check(self, *names: str) -> None:
         """Raises ValueError if a component is missing, truncated or of another size: cheap, so it comes before long work."""
-        for name in names if self.folder is not None else ():
-            checkpoint.check_component(self.folder, name)
+        for name in names:
+            if (place := self.place(name)) is not None:
+                checkpoint.check_component(place, name)
 
     def dit(self) -> WanDiT:
         return self._load("dit")
 
-    def vae(self) -> vae.Vae:
+    def vae(self) -> vaes.Vae:
         return self._load("vae")
 
     def text(self) -> tuple[UMT5, Tokenizer]:
@@ -57,10 +61,14 @@ class Source:
         return None if encoder is None else fingerprint(self.config.text, tokenizer.model, checkpoint.flatten(encoder))
 
     def _load(self, name: str) -> nnx.Module:
-        part = getattr(self.config, COMPONENT_PARTS[name])
-        if self.folder is None:
+        part, place = getattr(self.config, COMPONENT_PARTS[name]), self.place(name)
+        if place is None:
             return random_module(part, self.seed)
-        return checkpoint.load_component(self.folder, name, dtype=part.dtype)[1]
+        return checkpoint.load_component(place, name, dtype=part.dtype)[1]
+
+    def place(self, name: str) -> pathlib.Path | None:
+        """The folder that holds a component; None where it has random weights."""
+        return self.vae_folder if name == "vae" and self.vae_folder is not None else self.folder
 
 
 def shipped(source: str | os.PathLike) -> str | os.PathLike:
@@ -69,7 +77,12 @@ def shipped(source: str | os.PathLike) -> str | os.PathLike:
     return folder if presets.is_name(source) and folder.is_dir() else source
 
 
-def find(source: str | os.PathLike, settings: Config | None = None, seed: int | None = None) -> Source:
+def find(
+    source: str | os.PathLike,
+    settings: Config | None = None,
+    seed: int | None = None,
+    vae: str | os.PathLike | None = None,
+) -> Source:
     """The source of a converted folder or a preset; a preset's name means the preset, `./name` a folder of that name.
 
     A preset has the weights that come with the package, or random ones.
@@ -77,29 +90,35 @@ def find(source: str | os.PathLike, settings: Config | None = None, seed: int | 
     Args:
         settings: in place of the source's own config. Of the models themselves only the dtype may differ.
         seed: of a preset's random weights; None means 0.
+        vae: another autoencoder than the source's own: a converted folder that holds one, or of a preset with random
+            weights a name of `lf_jax.vae.PARTS`.
 
     Raises:
         ValueError: if there is no such folder or preset, `settings` describe other models than the folder holds, or a
             folder comes with a seed.
     """
     source = shipped(source)
-    own = config_of(source)
-    if presets.is_name(source):
-        return Source(own if settings is None else settings, None, seed or 0)
-    check(seed is None, f"a seed of random weights ({seed}) has no use: {source} is a converted folder")
-    for part in COMPONENT_PARTS.values():
-        ours, theirs = (getattr(c, part) for c in (settings or own, own))
+    own, random = config_of(source, vae=vae), presets.is_name(source)
+    check(random or seed is None, f"a seed of random weights ({seed}) has no use: {source} is a converted folder")
+    place = None if vae is None or vae in vaes.PARTS else pathlib.Path(vae)
+    found = Source(settings or own, None if random else pathlib.Path(source), seed or 0, place)
+    for name, part in COMPONENT_PARTS.items():
+        fixed = found.place(name) or (vae if name == "vae" else None)
+        ours, theirs = (getattr(c, part) for c in (found.config, own))
         differing = [
-            f"{part}.{f.name}={getattr(ours, f.name)!r} but {source} was converted with {getattr(theirs, f.name)!r}"
+            f"{part}.{f.name}={getattr(ours, f.name)!r} but {fixed} has {getattr(theirs, f.name)!r}"
             for f in dataclasses.fields(ours)
             if f.name != "dtype" and getattr(ours, f.name) != getattr(theirs, f.name)
         ]
-        check(not differing, "; ".join(differing))
-    return Source(settings or own, pathlib.Path(source))
+        check(fixed is None or not differing, "; ".join(differing))
+    return found
 
 
-def config_of(source: str | os.PathLike, chosen: Config | None = None) -> Config:
+def config_of(source: str | os.PathLike, chosen: Config | None = None, vae: str | os.PathLike | None = None) -> Config:
     """The config of a converted folder or a preset. With `chosen`, its models with the other settings of `chosen`.
+
+    Args:
+        vae: as in `find`.
 
     Raises:
         ValueError: if there is no such folder or preset.
@@ -115,9 +134,25 @@ def config_of(source: str | os.PathLike, chosen: Config | None = None) -> Config
         )
         check(path.is_dir(), f"model {path} is a file; `lf-jax convert` makes a folder of a checkpoint file")
         own = checkpoint.load_config(path)
+    if vae is not None:
+        own = dataclasses.replace(own, vae=_autoencoder(source, own.vae, vae))
     if chosen is None:
         return own
     return dataclasses.replace(chosen, **{part: getattr(own, part) for part in COMPONENT_PARTS.values()})
+
+
+def _autoencoder(source: str | os.PathLike, own: Vae, chosen: str | os.PathLike) -> Vae:
+    """The chosen autoencoder of a source that has another one of its own."""
+    if chosen in vaes.PARTS:
+        check(
+            presets.is_name(source),
+            f"vae={chosen!r} has random weights, and {source} is a converted folder: expected a folder with that autoencoder, "
+            "which `lf-jax convert` makes",
+        )
+        return dataclasses.replace(vaes.PARTS[chosen], dtype=own.dtype)
+    known = ", ".join(vaes.PARTS)
+    check(pathlib.Path(chosen).is_dir(), f"vae={str(chosen)!r} must be a converted folder, or with a preset one of {known}")
+    return checkpoint.load_part(chosen, "vae")
 
 
 def random_module(part: Model | Vae | Text, seed: int) -> nnx.Module:
@@ -127,7 +162,7 @@ def random_module(part: Model | Vae | Text, seed: int) -> nnx.Module:
 
 def drawing(part: Model | Vae | Text) -> jax.stages.Wrapped:
     """The jitted function from a key to a component's random weights."""
-    constructor = {Model: WanDiT, Vae: vae.build, Text: UMT5}[type(part)]
+    constructor = {Model: WanDiT, Vae: vaes.build, Text: UMT5}[type(part)]
     # The program is long and runs once: on a CPU optimising it takes several times as long as running it as it is.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     options = quick if jax.default_backend() == "cpu" else None

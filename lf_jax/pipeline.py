@@ -125,7 +125,13 @@ class Pipeline:
         return dataclasses.replace(config, video=dataclasses.replace(config.video, negative_prompt=negative_prompt))
 
 
-def load(source: str | os.PathLike, config: Config | str | os.PathLike | None = None, *, seed: int | None = None) -> Pipeline:
+def load(
+    source: str | os.PathLike,
+    config: Config | str | os.PathLike | None = None,
+    *,
+    seed: int | None = None,
+    vae: str | os.PathLike | None = None,
+) -> Pipeline:
     """Loads a converted folder, or random weights of a preset, which it says.
 
     Args:
@@ -133,13 +139,15 @@ def load(source: str | os.PathLike, config: Config | str | os.PathLike | None = 
         config: in place of the source's own settings: a config, a preset's name, or the path of a Python file. Taken
             by name or path, its `model`, `vae` and `text` give way to those of the source.
         seed: of random weights; None means 0. A folder takes none.
+        vae: another autoencoder than the source's own: a converted folder that holds one, or of a preset with random
+            weights "wan", "light" or "tiny".
 
     Raises:
         ValueError: no such folder, preset or file; files that are damaged or do not fit.
     """
     if isinstance(config, str | os.PathLike):
-        config = loading.config_of(source, presets.load(config))
-    found = loading.find(source, config, seed)
+        config = loading.config_of(source, presets.load(config), vae)
+    found = loading.find(source, config, seed, vae)
     if found.folder is None:
         print(f"lf_jax: {source} has random weights, seed {found.seed}: its videos are noise", file=sys.stderr)
     return Pipeline(found)

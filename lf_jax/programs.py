@@ -67,7 +67,7 @@ def of_videos(settings: Config, batch: int = 1) -> Programs:
 
 def of_weights(source: loading.Source, *components: str) -> Programs:
     """The programs that draw random weights; none for a converted folder, whose weights are read."""
-    parts = {name: getattr(source.config, loading.COMPONENT_PARTS[name]) for name in components if source.folder is None}
+    parts = {name: getattr(source.config, loading.COMPONENT_PARTS[name]) for name in components if source.place(name) is None}
     return {f"random {name}": lambda part=part: loading.drawing(part).lower(jax.random.key(0)) for name, part in parts.items()}
 
 

@@ -122,7 +122,7 @@ def test_weights_of_another_size(capsys, tmp_path, model, not_encoded):
 
 def test_dimensions_that_the_folder_does_not_have(capsys, tmp_path, good):
     message = fails(capsys, *sample(good, tmp_path, "--model.layers", 3))
-    assert f"model.layers=3 but {good} was converted with 2" in message
+    assert f"model.layers=3 but {good} has 2" in message
 
 
 @pytest.mark.parametrize(

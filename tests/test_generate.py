@@ -11,7 +11,8 @@ import small
 from small import CONFIG
 
 import lf_jax
-from lf_jax import loading, pipeline
+from lf_jax import checkpoint, cli, loading, pipeline, presets, vae
+from lf_jax.commands.outputs import recipe_of
 from lf_jax.config import Cache, Rollout, Sparsity
 from lf_jax.generate import fetch
 from lf_jax.rollout import compiled_chunk
@@ -123,7 +124,7 @@ def test_a_converted_folder_makes_the_same_video(pipe, video, tmp_path):
     with pytest.raises(ValueError, match=r"a seed of random weights \(0\) has no use"):
         lf_jax.load(tmp_path, seed=0)
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, layers=3))
-    with pytest.raises(ValueError, match="model.layers=3 but .* was converted with 2"):
+    with pytest.raises(ValueError, match="model.layers=3 but .* has 2"):
         lf_jax.load(tmp_path, other)
 
 
@@ -131,6 +132,58 @@ def test_settings_of_a_preset_with_the_models_of_another():
     source = loading.find("tiny", loading.config_of("tiny", pipeline.presets.load("longlive_1_3b")))
     assert source.config.cache == Cache(window=12, sink=3)
     assert source.config.model == pipeline.presets.load("tiny").model
+
+
+def test_a_preset_takes_any_autoencoder_of_its_latents_by_name():
+    found = loading.find("tiny", vae="light")
+    assert found.config.vae == dataclasses.replace(vae.PARTS["light"], dtype=CONFIG.vae.dtype) and found.config.vae.base == 24
+    chosen = presets.load("longlive_1_3b")
+    assert loading.config_of("tiny", chosen, "tiny").vae.kind == "tiny" and loading.config_of("tiny", chosen).vae.kind == "wan"
+    for name, part in vae.PARTS.items():
+        assert (part.temporal_stride, part.spatial_stride, part.channels) == (4, 8, 16), name
+
+
+@pytest.mark.parametrize("command", ["sample", "stream", "warmup"])
+def test_commands_start_from_the_config_of_the_chosen_autoencoder(command):
+    words = ["--model", "tiny", "--vae", "light", "--vae.dtype", "float16"]
+    words += {"sample": ["--output", "a"], "stream": ["--output", "a", "--prompt", PROMPT], "warmup": []}[command]
+    parsed = cli.parse(command, words)
+    assert parsed.vae == "light" and parsed.settings.vae == dataclasses.replace(vae.PARTS["light"], dtype="float16")
+    assert parsed.settings.model == presets.load("tiny").model
+
+
+def test_a_model_takes_the_autoencoder_of_another_folder(pipe, tmp_path):
+    model, other = small.save(tmp_path / "model"), tmp_path / "other"
+    part = dataclasses.replace(CONFIG.vae, widths=(8, 8, 8, 4))
+    module = loading.random_module(part, 7)
+    checkpoint.save_component(other, "vae", part, module)
+    found = lf_jax.load(model, vae=other)
+    assert found.config == dataclasses.replace(CONFIG, vae=part)
+    jax.tree.map(np.testing.assert_array_equal, found.vae, module)
+    jax.tree.map(np.testing.assert_array_equal, found.model, pipe.model)
+    recipes = {recipe_of(CONFIG, str(model), 0, (), str(folder)) for folder in (model, other)}
+    assert len(recipes | {recipe_of(CONFIG, str(model), 0, ())}) == 3
+    assert loading.find("tiny", vae=other).place("vae") == other and loading.find("tiny", vae=other).place("dit") is None
+    (other / "vae" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="other/vae/model.safetensors"):
+        loading.find(model, vae=other).check("vae")
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "chosen", "message"),
+    [
+        ("folder", None, "light", "vae='light' has random weights, and .* is a converted folder"),
+        ("tiny", None, "heavy", "vae='heavy' must be a converted folder, or with a preset one of wan, light, tiny"),
+        ("folder", None, ".", "vae"),
+        ("tiny", CONFIG, "light", "vae.kind='tiny' but light has 'wan'"),
+        ("folder", presets.load("tiny"), "folder", "vae.kind='wan' but .* has 'tiny'"),
+    ],
+)
+def test_an_autoencoder_that_does_not_fit_is_named(source, config, chosen, message, tmp_path):
+    folder = small.save(tmp_path)
+    source, chosen = (folder if name == "folder" else name for name in (source, chosen))
+    with pytest.raises(ValueError, match=message):
+        loading.find(source, config, vae=chosen)
 
 
 def test_a_video_is_extended(pipe, video):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from lf_jax import loading, presets
 from lf_jax.checkpoint.replace import replaced_file
 from lf_jax.config import Config, check
+from lf_jax.vae import PARTS
 
 MANIFEST = "manifest.json"
 NAME_BYTES = 150  # of a file name that come from the prompt; file systems allow 255 in all
@@ -91,18 +92,20 @@ class Manifest:
         return {"prompt": video.prompt, "seed": video.seed, "recipe": self.recipe}
 
 
-def recipe_of(config: Config, model: str, weights_seed: int, inputs: Sequence[pathlib.Path | None]) -> str:
+def recipe_of(
+    config: Config, model: str, weights_seed: int, inputs: Sequence[pathlib.Path | None], vae: str | None = None
+) -> str:
     """A digest of all that decides how videos look, beside prompt and seed: settings, weights and input files.
 
     Weights count by the name, size and time of their files, because reading them would take as long as loading them.
     """
     digest = hashlib.sha256(f"{config!r} {weights_seed}".encode())
-    place = loading.shipped(model)
-    if presets.is_name(place):
-        digest.update(model.encode())
-    else:
-        files = [(path, path.stat()) for path in sorted(pathlib.Path(place).resolve().glob("*/*"))]
-        digest.update(repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files]).encode())
+    for place in (loading.shipped(model), *([] if vae is None else [vae])):
+        if presets.is_name(place) or place in PARTS:
+            digest.update(str(place).encode())
+        else:
+            files = [(path, path.stat()) for path in sorted(pathlib.Path(place).resolve().glob("*/*"))]
+            digest.update(repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files]).encode())
     for path in inputs:
         digest.update(b"none" if path is None else hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]

@@ -31,6 +31,7 @@ class Sample:
     model: str  # converted folder, or a preset for random weights
     output: pathlib.Path  # folder for the videos and their manifest.json
     config: str | None = None  # preset or Python file with the settings, in place of those of the model
+    vae: str | None = None  # folder with another autoencoder; of a preset with random weights also wan, light or tiny
     prompt: tuple[str, ...] = ()  # one or more prompts
     prompts: pathlib.Path | None = None  # file with one prompt a line
     embeddings: pathlib.Path | None = None  # file of `lf-jax encode`; without prompts, all of its prompts
@@ -50,12 +51,12 @@ class Sample:
         for name in ("batch", "samples"):
             check(getattr(self, name) > 0, f"--{name} {getattr(self, name)} must be positive")
         check_runs(config)
-        source = loading.find(self.model, config, self.weights_seed)
+        source = loading.find(self.model, config, self.weights_seed, self.vae)
         source.check(*(("dit", "vae") if self.embeddings else ("dit", "vae", "text")))
         encoded = read_embeddings(self.embeddings, source)
         prompts = self._prompts(config, encoded)
         inputs = (self.initial_image, self.initial_video, self.embeddings)
-        manifest = outputs.Manifest(self.output, outputs.recipe_of(config, self.model, source.seed, inputs))
+        manifest = outputs.Manifest(self.output, outputs.recipe_of(config, self.model, source.seed, inputs, self.vae))
         videos = outputs.list_videos(prompts, self.seed, self.samples)
         pending = manifest.pending(videos, self.overwrite)
         if len(pending) < len(videos):
@@ -67,7 +68,7 @@ class Sample:
             if encoded is None:  # before the transformer takes its place in memory
                 note(f"encoding {len(prompts)} prompts")
                 encoded = pipeline.encode_prompts(source, pipeline.texts(prompts, config))
-            pipe = pipeline.load(self.model, config, seed=self.weights_seed)
+            pipe = pipeline.load(self.model, config, seed=self.weights_seed, vae=self.vae)
         starts = {"initial_image": self.initial_image, "initial_video": self.initial_video}
         make(pipe, pending, self.batch, encoded, manifest, **starts)
 

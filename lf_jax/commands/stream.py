@@ -36,6 +36,7 @@ class Stream:
     prompt: str
     output: pathlib.Path  # the mp4 file to write
     config: str | None = None  # preset or Python file with the settings, in place of those of the model
+    vae: str | None = None  # folder with another autoencoder; of a preset with random weights also wan, light or tiny
     embeddings: pathlib.Path | None = None  # file of `lf-jax encode` that holds the prompt
     seed: int | None = None  # 0 if not given; a state goes on with its own
     num_frames: int | None = None  # pixel frames of the whole video; short for --video.num-frames
@@ -64,13 +65,13 @@ class Stream:
             self.stop_at is None or made < self.stop_at <= planned,
             f"--stop-at {self.stop_at} must lie within the {planned} frames of the video, after the {made} made already",
         )
-        source = loading.find(self.model, config, self.weights_seed)
+        source = loading.find(self.model, config, self.weights_seed, self.vae)
         source.check(*(("dit", "vae") if self.embeddings else ("dit", "vae", "text")))
         encoded = read_embeddings(self.embeddings, source)
         with programs.ahead(programs.of_videos(config)):
             if encoded is None:  # before the transformer takes its place in memory
                 encoded = pipeline.encode_prompts(source, pipeline.texts([self.prompt], config))
-            pipe = pipeline.load(self.model, config, seed=self.weights_seed)
+            pipe = pipeline.load(self.model, config, seed=self.weights_seed, vae=self.vae)
         start, paces = time.perf_counter(), []
         stream = pipe.stream(
             self.prompt,

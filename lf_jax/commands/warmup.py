@@ -28,6 +28,7 @@ class Warmup:
 
     model: str  # converted folder, or a preset for random weights
     config: str | None = None  # preset or Python file with the settings, in place of those of the model
+    vae: str | None = None  # folder with another autoencoder; of a preset with random weights also wan, light or tiny
     batch: int = 1  # videos made together
     num_frames: int | None = None  # pixel frames; short for --video.num-frames
     text: bool = True  # the text encoder's program, too
@@ -39,7 +40,7 @@ class Warmup:
         check(self.batch > 0, f"--batch {self.batch} must be positive")
         show_config(config, model=self.model, cache=jax.config.jax_compilation_cache_dir)
         check_runs(config)
-        source, start = loading.find(self.model, config), time.perf_counter()
+        source, start = loading.find(self.model, config, vae=self.vae), time.perf_counter()
         components = ("dit", "vae", "text") if self.text else ("dit", "vae")
         wanted = {**programs.of_videos(config, self.batch), **programs.of_weights(source, *components)}
         if self.text:

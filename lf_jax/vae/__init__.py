@@ -18,9 +18,14 @@ from lf_jax.arrays import Array, Float, Leaf
 from lf_jax.vae.tiny import TinyVae
 from lf_jax.vae.wan import WanVae
 
-__all__ = ["TinyVae", "VaeState", "WanVae", "build", "decode", "decode_chunk", "encode", "encode_chunk"]
+__all__ = ["PARTS", "TinyVae", "VaeState", "WanVae", "build", "decode", "decode_chunk", "encode", "encode_chunk"]
 
 Vae = WanVae | TinyVae
+PARTS = {  # autoencoders of Wan2.1's latents, by the names they go by: any transformer of these latents goes with each
+    "wan": config.Vae(),
+    "light": config.Vae(base=24),  # LightVAE
+    "tiny": config.Vae(kind="tiny", temporal=(True, True, False)),  # TAEHV
+}
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["past"], meta_fields=[])
