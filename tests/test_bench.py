@@ -5,27 +5,73 @@ import json
 
 import numpy as np
 import pytest
+import small
 from small import CONFIG
 
 from lf_jax import bench, bench_attention
+from lf_jax.bench import stages, video
 from lf_jax.cli import main
 from lf_jax.rollout import compiled_chunk
 from lf_jax.tokens import Grid
 
 
-def test_bench_times_every_stage_of_every_chunk(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(small.save(tmp_path_factory.mktemp("model")))
+
+
+def test_bench_times_every_stage_of_every_chunk(model, tmp_path, capsys):
     file = tmp_path / "bench.json"
     compiled = compiled_chunk._cache_size()
-    assert main(["bench", "--model", "tiny", "--num-frames", "21", "--repeats", "2", "--text", "--json", str(file)]) == 0
-    report = json.loads(file.read_text())
-    stages = [(row["stage"], row["chunk"]) for row in report["rows"]]
-    chunks = [(stage, chunk) for chunk in range(2) for stage in bench.STAGES]
-    assert stages == [("text", None), *chunks, ("video", None)]
-    for row in report["rows"]:
-        assert 0 < row["least"] <= row["median"] <= row["most"]
+    words = ["--num-frames", "21", "--repeats", "2", "--text", "--json", str(file), "--trace", str(tmp_path / "trace")]
+    assert main(["bench", "--model", model, *words]) == 0
+    report = bench.load(file)
+    inside = [f"denoise: {part}" for part in stages.STAGES]
+    chunks = [(stage, chunk) for chunk in range(2) for stage in ("denoise", *inside, "decode", "copy")]
+    assert [(row.stage, row.chunk) for row in report.rows] == [("text", None), *chunks, ("first chunk", None), ("video", None)]
+    for row in report.rows:
+        assert 0 <= row.least <= row.median <= row.most
+        assert row.floor is not None or row.stage == "denoise: other"
+        assert (row.first is None) == row.stage.startswith("denoise:")
+    for part in ("selection", "cross-attention", "ffn", "head"):
+        assert report.seconds(f"denoise: {part}") > 0
+    assert sum(report.seconds(stage) for stage in video.STAGES) > 0
     assert compiled_chunk._cache_size() <= compiled + 1  # at most one more, for all chunks and all repeats
-    assert {"device", "versions", "commit", "date", "timed"} <= set(report["facts"])
-    assert "denoise" in capsys.readouterr().out
+    known = {"device", "versions", "commit", "date", "timed", "peak GiB", "compilation", "product ceiling", "copy ceiling"}
+    assert known <= set(report.facts) and report.facts["eight_bits ceiling"] is None
+    shown = capsys.readouterr().out
+    assert "denoise" in shown and "  cross-attention" in shown
+    assert len(list((tmp_path / "trace").rglob("*.xplane.pb"))) == 1
+
+
+def test_bench_without_the_stages_inside(model, tmp_path):
+    file = tmp_path / "bench.json"
+    words = ["--num-frames", "9", "--repeats", "1", "--no-stages", "--json", str(file)]
+    assert main(["bench", "--model", model, *words]) == 0
+    assert [row.stage for row in bench.load(file).rows] == [*video.STAGES, "first chunk", "video"]
+
+
+def test_two_reports_side_by_side(tmp_path, capsys):
+    before = bench.Report(
+        {"device": "A", "commit": "1"}, (bench.Row("denoise", 0, 9.0, 6.0, 5.0, 7.0), bench.row("video", None, [9.0, 8.0]))
+    )
+    after = bench.Report({"device": "B", "commit": "1"}, (bench.Row("denoise", 0, 9.0, 2.0, 2.0, 2.0, 1.0),))
+    pairs, differing = bench.compare(before, after)
+    assert [(pair.stage, pair.medians, pair.ratio) for pair in pairs] == [
+        ("denoise", (6.0, 2.0), 3.0),
+        ("video", (8.0, None), None),
+    ]
+    assert differing == {"device": ("A", "B")}
+    files = [tmp_path / name for name in ("before.json", "after.json")]
+    for file, report in zip(files, (before, after), strict=True):
+        file.write_text(json.dumps(dataclasses.asdict(report)))
+        assert bench.load(file) == report
+    assert main(["bench", "--compare", *map(str, files)]) == 0
+    shown = capsys.readouterr().out
+    assert "other device: A | B" in shown and "3.00" in shown and "commit" not in shown
+    files[1].write_text('{"rows": []}')
+    assert main(["bench", "--compare", *map(str, files)]) == 2
+    assert f"{files[1]} is no report" in capsys.readouterr().err
 
 
 def test_bench_of_the_attention_of_a_layer(tmp_path, capsys):
@@ -33,8 +79,8 @@ def test_bench_of_the_attention_of_a_layer(tmp_path, capsys):
     words = ["bench", "--attention", "--model", "tiny", "--num-frames", "33", "--repeats", "2", "--json", str(file)]
     assert main(words) == 0
     report = json.loads(file.read_text())
-    stages = [row["stage"] for row in report["rows"]]
-    assert stages == ["selection, xla", "attention", "selection + attention", "dense, xla"]
+    names = [row["stage"] for row in report["rows"]]
+    assert names == ["selection, xla", "attention", "selection + attention", "dense, xla"]
     assert {row["chunk"] for row in report["rows"]} == {2}
     for row in report["rows"]:
         assert 0 < row["least"] <= row["median"] <= row["most"]
@@ -59,13 +105,19 @@ def test_the_timed_pieces_compute_the_same():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--repeats", "0"], "--repeats 0 must be positive"),
-        (["--attention", "--text"], "--attention has no --text"),
-        (["--attention", "--sparsity.policy", "dense"], "config.sparsity.policy='dense' has no block lists to time"),
+        (["--model", "tiny", "--repeats", "0"], "--repeats 0 must be positive"),
+        (["--model", "tiny", "--attention", "--text"], "--attention has no --text"),
+        (["--model", "tiny", "--attention", "--trace", "folder"], "--attention has no --text and no --trace"),
+        (
+            ["--model", "tiny", "--attention", "--sparsity.policy", "dense"],
+            "config.sparsity.policy='dense' has no block lists to time",
+        ),
+        ([], "--model is needed, or --compare"),
+        (["--compare", "no-a.json", "no-b.json"], "no such report: no-a.json"),
     ],
 )
 def test_bench_refuses(words, message, capsys):
-    assert main(["bench", "--model", "tiny", *words]) == 2
+    assert main(["bench", *words]) == 2
     assert message in capsys.readouterr().err
 
 
