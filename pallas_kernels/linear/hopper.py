@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from pallas_kernels import platform
 from pallas_kernels.block_sparse.hopper_common import SXM
 from pallas_kernels.linear.hopper_kernel import DEPTH, ROWS, Config, Epilogue, run
-from pallas_kernels.linear.types import Quantised
 
 TILES = (256, 224, 192, 160, 128)  # output channels of a thread block
 CLUSTERS = (2, 1)
-# Model of a tile's time, in cycles of a multiprocessor. A step of the products is held up by shared memory: 128 bytes a
-# cycle, which it writes (the tiles) and reads (by two warpgroups, each 64 rows and all channels). An H200's second level
-# cache cannot quite feed 132 multiprocessors that share nothing.
-STEP, STEP_CHANNEL, ALONE = 256, 3, 1.06
+# A model of a tile's time, in cycles of a multiprocessor, by counting. A step of the products is as long as its traffic with
+# shared memory, 128 bytes a cycle: both tiles are written once, and read by two warpgroups, 64 rows and all channels each.
+STEP, STEP_CHANNEL = 256, 3
+ALONE = 1.06  # factor of it where no second thread block shares the loads from the second-level cache: a guess
 FINISH, FINISH_CHANNEL = 1000, 10
 
 
@@ -30,7 +29,7 @@ def reason(inputs: int, outputs: int, frame_tokens: int | None, dtype: Any) -> s
 def unfit(inputs: int, outputs: int, frame_tokens: int | None, dtype: Any) -> str | None:
     """Why the kernel is not made for such a call on any device; None if it is."""
     rules = {
-        f"needs a multiple of 64 inputs, received {inputs}": inputs % 64 == 0,
+        f"needs a multiple of {DEPTH} inputs, received {inputs}": inputs % DEPTH == 0,
         f"needs a multiple of 64 outputs, received {outputs}": outputs % 64 == 0,
         f"needs at least {ROWS} tokens a frame, received {frame_tokens}": frame_tokens is None or frame_tokens >= ROWS,
         f"returns bfloat16 or float8, not {dtype}": dtype is None or dtype == jnp.bfloat16,
@@ -54,18 +53,18 @@ def linear(x, w, bias, layer, *, activation, gate, residual, reach, dtype, confi
         raise NotImplementedError(f"linear for Hopper: {cannot}")
     if layer is None:
         w, bias, reach = jax.tree.map(lambda array: array[None], (w, bias, reach))
-    x = Quantised(x.values.reshape(-1, inputs), x.scale.reshape(-1))
+    gate = None if gate is None else gate.astype(jnp.float32).reshape(-1, outputs)
     rows = x.scale.size
-    epilogue = Epilogue(
-        activation,
-        None if gate is None else gate.astype(jnp.float32).reshape(-1, outputs),
-        tokens,
-        None if residual is None else residual.reshape(rows, outputs),
-        reach,
-    )
+    x, residual = jax.tree.map(lambda array: _eights(array.reshape(rows, *array.shape[len(lead) :])), (x, residual))
     config = config or layout(rows, inputs, outputs)
-    out = run(x, w, bias.astype(jnp.float32), layer, epilogue, config)
-    return jax.tree.map(lambda array: array.reshape(*lead, *array.shape[1:]), out)
+    out = run(x, w, bias.astype(jnp.float32), layer, Epilogue(activation, gate, tokens, residual, reach), config)
+    return jax.tree.map(lambda array: array[:rows].reshape(*lead, *array.shape[1:]), out)
+
+
+def _eights(array: jax.Array) -> jax.Array:
+    """With rows of zeros up to a multiple of eight: the copies to shared memory take as many at a time. Few calls need any."""
+    missing = -array.shape[0] % 8
+    return jnp.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1))) if missing else array
 
 
 def layout(rows: int, inputs: int, outputs: int) -> Config:
