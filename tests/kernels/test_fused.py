@@ -17,7 +17,7 @@ from pallas_kernels.fused.types import Layout
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
 MODES = ["xla", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)]
-DTYPES = [("float32", 2e-6), ("bfloat16", 2**-8)]  # and the error of one rounding
+ROUNDING = {"float32": 2e-6, "bfloat16": 2**-8}  # the error of one
 EPS = 1e-6
 
 
@@ -64,25 +64,24 @@ def assert_quantised(found, expected):
 
 
 # b, frames, tokens of a frame, width; 13 tokens do not fill programs of 4, 96 and 384 are no powers of two
-SHAPES = [(2, 3, 8, 96), (1, 2, 13, 32), (2, 1, 5, 384)]
+SHAPES = [(2, 3, 8, 96, "bfloat16"), (1, 2, 13, 32, "float32"), (2, 1, 5, 384, "bfloat16")]
 
 
 @each_mode
-@pytest.mark.parametrize(("b", "frames", "tokens", "d"), SHAPES)
-@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_norms_equal_numpy(call, b, frames, tokens, d, dtype, tolerance):
+@pytest.mark.parametrize(("b", "frames", "tokens", "d", "dtype"), SHAPES)
+def test_norms_equal_numpy(call, b, frames, tokens, d, dtype):
     x = draw(0, b, frames * tokens, d, dtype=dtype)
     shift, scale = draw(1, b, frames, d), draw(2, b, frames, d)
     of_token = lambda vectors: np.repeat(exact(vectors), tokens, axis=1)  # noqa: E731
     expected = layer_normed(x) * (1 + of_token(scale)) + of_token(shift)
     found = call.norm_modulate(x, shift, scale, eps=EPS)
     assert found.dtype == x.dtype
-    np.testing.assert_allclose(exact(found), expected, rtol=tolerance, atol=5e-6)
+    np.testing.assert_allclose(exact(found), expected, rtol=ROUNDING[dtype], atol=5e-6)
     assert_quantised(call.norm_modulate(x, shift, scale, eps=EPS, quantise=True), expected)
 
     weight, bias = draw(3, d, dtype=dtype), draw(4, d, dtype=dtype)
     expected = layer_normed(x) * exact(weight) + exact(bias)
-    np.testing.assert_allclose(exact(call.layer_norm(x, weight, bias, eps=EPS)), expected, rtol=tolerance, atol=5e-6)
+    np.testing.assert_allclose(exact(call.layer_norm(x, weight, bias, eps=EPS)), expected, rtol=ROUNDING[dtype], atol=5e-6)
     assert_quantised(call.layer_norm(x, weight, bias, eps=EPS, quantise=True), expected)
 
 
@@ -102,22 +101,22 @@ def rotated(y, angle):
     return np.stack([turned.real, turned.imag], -1).reshape(y.shape)
 
 
-# frames, tokens of a frame, block, new blocks in every frame
+# frames, tokens of a frame, block, new blocks in every frame; heads, whether they turn, which part of three; dtype
 LAYOUTS = {
-    "whole blocks": (2, 32, 16, True),
-    "short last block of a frame": (2, 26, 16, True),  # of 10 tokens: one program has 8 of them live, the next none
-    "short last block of all": (3, 26, 32, False),
-    "blocks that powers of two do not divide": (2, 10, 6, True),
-    "no blocks": (2, 13, None, False),
+    "whole blocks": (2, 32, 16, True, 6, True, 2, "float32"),
+    "short last block of a frame": (2, 26, 16, True, 3, True, 1, "bfloat16"),
+    "dead programs": (2, 36, 32, True, 3, True, 0, "float32"),  # of 4 tokens in blocks of two programs of 16
+    "short last block of all": (3, 26, 32, False, 6, True, 0, "bfloat16"),
+    "blocks that powers of two do not divide": (2, 10, 6, True, 3, False, 1, "float32"),
+    "no blocks": (2, 13, None, False, 3, True, 2, "bfloat16"),
+    "a norm alone": (2, 13, None, False, 3, False, 0, "float32"),
 }
 
 
 @each_mode
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-@pytest.mark.parametrize(("heads", "turn", "part"), [(3, True, 0), (6, True, 2), (3, False, 1)])
-def test_queries_and_keys_equal_numpy(call, name, dtype, tolerance, heads, turn, part):
-    frames, tokens, block, anew = LAYOUTS[name]
+def test_queries_and_keys_equal_numpy(call, name):
+    frames, tokens, block, anew, heads, turn, part, dtype = LAYOUTS[name]
     b, t, d = 2, frames * tokens, 96
     x, weight, angle = draw(6, b, t, 3 * d, dtype=dtype), draw(7, d, dtype=dtype), 9 * draw(8, t, d // heads // 2)
     tables = (jnp.cos(angle), jnp.sin(angle)) if turn else ()
@@ -134,7 +133,7 @@ def test_queries_and_keys_equal_numpy(call, name, dtype, tolerance, heads, turn,
     if anew:
         expected = np.pad(runs, ((0, 0), (0, 0), (0, -tokens % block), (0, 0), (0, 0))).reshape(b, -1, *y.shape[2:])
     assert found.dtype == x.dtype and found.shape == expected.shape
-    np.testing.assert_allclose(exact(found), expected, rtol=tolerance, atol=2e-5)
+    np.testing.assert_allclose(exact(found), expected, rtol=ROUNDING[dtype], atol=2e-5)
     if block is None:
         assert means is None
         return
@@ -163,6 +162,16 @@ def test_gradients_are_those_of_xla(call):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
     means = lambda x: fused.norm_rope(x, weight, heads=2, eps=EPS, block=8, implementation="triton")[1].sum()  # noqa: E731
     assert not jax.grad(means)(x).any() and means(x) != 0
+
+
+@pytest.mark.parametrize("call", ["interpreter"], indirect=True)
+def test_a_stack_of_layers(call):
+    """As the keys of the text are made, for all layers at once."""
+    x, weight = draw(15, 1, 10, 32), draw(16, 3, 32)
+    each = functools.partial(fused.norm_rope, x, heads=2, eps=EPS, block=4)
+    found = jax.vmap(functools.partial(each, implementation="triton"))(weight)
+    for i, expected in enumerate(each(w, implementation="xla") for w in weight):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), found, expected)
 
 
 @pytest.mark.parametrize("tokens", [1536, 1560])
