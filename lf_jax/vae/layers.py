@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lf_jax.arrays import Array, Float, Leaf
+from lf_jax.attention import dense_attention
 from lf_jax.layers import Linear, RMSNorm
 from pallas_kernels.conv import convolve
 from pallas_kernels.conv.xla import conv2d
@@ -100,15 +101,9 @@ class Attention(nnx.Module):
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b f h w c"], past: Leaf) -> tuple[Float[Array, "b f h w c"], Leaf]:
-        def attend(frame: Float[Array, "3 pixels c"]) -> Float[Array, "pixels c"]:
-            q, k, v = frame[:, :, None]  # one head
-            return jax.nn.dot_product_attention(q, k, v, implementation="xla")[:, 0]
-
         b, f, h, w, c = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(b * f, h * w, 3, c)
-        # One frame at a time: the scores of a frame at 480x832 take 155 MB.
-        y = jax.lax.map(attend, jnp.moveaxis(qkv, 2, 1))
-        return x + self.out(y.reshape(x.shape)), None
+        q, k, v = jnp.split(self.qkv(self.norm(x)).reshape(b * f, h * w, 1, 3 * c), 3, axis=-1)
+        return x + self.out(dense_attention(q, k, v).reshape(x.shape)), None
 
 
 class Middle(nnx.Module):
