@@ -112,6 +112,10 @@ def test_the_timed_pieces_compute_the_same():
             ["--model", "tiny", "--attention", "--sparsity.policy", "dense"],
             "config.sparsity.policy='dense' has no block lists to time",
         ),
+        (
+            ["--model", "tiny", "--vae", "large"],
+            "vae='large' must be a converted folder, or with a preset one of",
+        ),
         ([], "--model is needed, or --compare"),
         (["--compare", "no-a.json", "no-b.json"], "no such report: no-a.json"),
     ],

@@ -32,6 +32,7 @@ class Bench:
 
     model: str | None = None  # converted folder, or a preset for random weights
     config: str | None = None  # preset or Python file with the settings, in place of those of the model
+    vae: str | None = None  # folder with another autoencoder; of a preset with random weights also wan, light or tiny
     num_frames: int | None = None  # pixel frames; short for --video.num-frames
     repeats: int = 3  # videos timed after the first; rounds with --attention
     text: bool = False  # also load and time the text encoder
@@ -55,7 +56,7 @@ class Bench:
             check(not self.text and self.trace is None, "--attention has no --text and no --trace")
             report = bench_attention.measure(config, self.repeats)
         else:
-            pipe = pipeline.load(self.model, config)
+            pipe = pipeline.load(self.model, config, vae=self.vae)
             report = bench.measure(pipe, config, self.repeats, self.text, self.stages)
             if self.trace is not None:
                 bench.record(pipe, config, self.trace)
