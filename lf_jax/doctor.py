@@ -5,9 +5,11 @@ import importlib.metadata
 import os
 import platform as host
 
-from lf_jax import attention, tokens
+import jax
+
+from lf_jax import attention, config, tokens
 from lf_jax.config import Config, check
-from pallas_kernels import platform, selection, tuned
+from pallas_kernels import conv, platform, selection, tuned
 
 REQUIRED = (
     "jax", "jaxlib", "flax", "einops", "jaxtyping", "numpy", "ml_dtypes", "safetensors", "optax", "scipy", "orbax-checkpoint",
@@ -64,7 +66,7 @@ def version(name: str) -> str | None:
 
 
 def operations(settings: Config) -> tuple[Operation, ...]:
-    """The operations that have more than one implementation, and the convolutions, which have one."""
+    """The operations that have more than one implementation."""
     policy, grid = settings.sparsity.policy, tokens.Grid.of(settings)
     kind = "dense" if settings.sparsity.dense else f"{policy}, blocks {grid.block_q}x{grid.block_k}"
     sparse = settings.sparsity
@@ -73,7 +75,7 @@ def operations(settings: Config) -> tuple[Operation, ...]:
         chosen(f"self-attention ({kind})", attention.implementations(settings), sparse.implementation),
         *choice,
         chosen("cross-attention", attention.dense_implementations(attention.queries(settings))),
-        Operation("convolutions of the autoencoder", "xla", (f"the only one; {convolutions()}",)),
+        chosen("finest convolutions of the autoencoder", convolutions(settings)),
     )
 
 
@@ -116,6 +118,11 @@ def tuning(settings: Config) -> dict[str, str]:
     return report
 
 
-def convolutions() -> str:
-    here = platform.device()
-    return "XLA calls cuDNN here" if here.nvidia else f"XLA's own on {here.backend}"
+def convolutions(settings: Config) -> dict[str, str | None]:
+    """The implementations of the decoder's largest layers; the tiny autoencoder has XLA's convolutions only."""
+    part, video, dtype = settings.vae, settings.video, config.dtype_of(settings.vae)
+    if part.kind == "tiny":
+        return {"xla": None}
+    frames, width = settings.rollout.chunk_frames * part.temporal_stride, part.base * part.multipliers[0]
+    x = jax.ShapeDtypeStruct((1, frames, video.height, video.width, width), dtype)
+    return conv.explain(x, jax.ShapeDtypeStruct((3, 3, 3, width, width), dtype))

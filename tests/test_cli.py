@@ -231,11 +231,13 @@ def test_the_window_that_fits_fits_exactly():
 def test_doctor_says_what_runs_and_why(capsys):
     run("doctor", "--config", "light_forcing_1_3b", "--json")
     report = json.loads(capsys.readouterr().out)
-    sparse, choice, cross, _ = report["operations"]
+    sparse, choice, cross, convolutions = report["operations"]
     assert (sparse["name"], sparse["choice"]) == ("self-attention (light_forcing, blocks 64x64)", "xla")
     assert (choice["name"], choice["choice"]) == ("choice of blocks", "xla")
     assert choice["reasons"][0].startswith("triton: needs an NVIDIA GPU")
     assert cross["choice"] == "xla" and cross["reasons"][0].startswith("cudnn: needs an NVIDIA GPU")
+    assert (convolutions["name"], convolutions["choice"]) == ("finest convolutions of the autoencoder", "xla")
+    assert convolutions["reasons"][0].startswith("hopper: needs an NVIDIA GPU of compute capability 9.0")
     assert "torch" in report["optional"]
     project = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert set(report["versions"]) == {"jaxlib", *(re.match(r"[\w-]+", need)[0] for need in project["dependencies"])}

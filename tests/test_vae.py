@@ -162,6 +162,17 @@ def test_bfloat16_stays_near_float32(vae):
     assert jnp.linalg.norm(video.astype(jnp.float32) - want) < 0.05 * jnp.linalg.norm(want)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", [Vae(), Vae(base=24)], ids=["wan", "light"])
+def test_a_gpu_decodes_as_in_float32(part):
+    """Large enough that the kernels of `pallas_kernels.conv` are chosen where there are some, and two chunks: with a past."""
+    exact, half = build(dataclasses.replace(part, dtype="float32")), build(part)
+    latents = jax.random.normal(jax.random.key(1), (1, 4, 32, 48, 16))
+    want = in_chunks(jax.jit(vaes.decode_chunk), exact, latents, (1, 3))
+    found = in_chunks(jax.jit(vaes.decode_chunk), half, latents, (1, 3)).astype(jnp.float32)
+    assert jnp.linalg.norm(found - want) < 0.05 * jnp.linalg.norm(want)
+
+
 @pytest.mark.parametrize(
     "part, tensors, parameters",
     [(Vae(), 194, 126_892_531), (Vae(base=24), 194, 8_035_003), (TAEHV, 128, 11_315_539)],
