@@ -48,7 +48,7 @@ def norm(x, shift, scale, unit, eps, quantised, *, rows=4, warps=4, interpret=Fa
     b, _, d = x.shape
     frames = shift.shape[1]
 
-    def kernel(x_ref, shift_ref, scale_ref, *out_refs):
+    def norm_kernel(x_ref, shift_ref, scale_ref, *out_refs):
         live = _live(x.shape[1] // frames, rows)
         y = [part.astype(jnp.float32) for part in _load(x_ref, 0, rows, live)]
         mean = (sum(y).sum(1) / d)[:, None]
@@ -60,17 +60,17 @@ def norm(x, shift, scale, unit, eps, quantised, *, rows=4, warps=4, interpret=Fa
 
     of_frame = pl.BlockSpec((None, None, d), lambda i, f, b: (b if shift.shape[0] > 1 else 0, f, 0))
     tile = (x.reshape(b, frames, -1, d), rows, warps, interpret)
-    return _by_rows(kernel, *tile, quantised, [shift, scale], [of_frame] * 2, x.shape)
+    return _by_rows(norm_kernel, *tile, quantised, [shift, scale], [of_frame] * 2, x.shape)
 
 
 def quantise(x, *, rows=4, warps=4, interpret=False):
     """See `api.quantise`; the other arguments as in `norm`."""
 
-    def kernel(x_ref, *out_refs):
+    def quantise_kernel(x_ref, *out_refs):
         live = _live(x.shape[0] * x.shape[1], rows)
         _finish(out_refs, [part.astype(jnp.float32) for part in _load(x_ref, 0, rows, live)], live)
 
-    return _by_rows(kernel, x.reshape(1, 1, -1, x.shape[2]), rows, warps, interpret, True, [], [], x.shape)
+    return _by_rows(quantise_kernel, x.reshape(1, 1, -1, x.shape[2]), rows, warps, interpret, True, [], [], x.shape)
 
 
 def norm_rope(x, weight, cos, sin, heads, eps, part, layout: Layout, *, step=16, rows=4, warps=4, interpret=False):
@@ -92,7 +92,7 @@ def norm_rope(x, weight, cos, sin, heads, eps, part, layout: Layout, *, step=16,
         even, odd = jnp.unstack(y.reshape(rows, -1, e // 2, 2), axis=-1)
         return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(y.shape)
 
-    def kernel(x_ref, weight_ref, *refs):
+    def norm_rope_kernel(x_ref, weight_ref, *refs):
         tables, (out_ref, *sums_ref) = refs[: len(refs) - len(outs)], refs[len(refs) - len(outs) :]
         first = pl.program_id(0) * step
         size = jnp.minimum(tokens - lax.div(first, block) * block, block)
@@ -104,7 +104,7 @@ def norm_rope(x, weight, cos, sin, heads, eps, part, layout: Layout, *, step=16,
         def visit(i, carry):
             sums, y = carry
             row, following = i * rows, load((i + 1) * rows)
-            live = None if tokens % step == 0 else first + row + jnp.arange(rows) < tokens
+            live = None if tokens % block == 0 else first + row + jnp.arange(rows) < tokens
             y = [part.astype(jnp.float32) for part in y]
             inverse = lax.rsqrt(_squares(y) / d + eps)[:, None]
             y = [part * inverse * w for part, w in zip(y, _vector(weight_ref, rows), strict=True)]
@@ -131,7 +131,7 @@ def norm_rope(x, weight, cos, sin, heads, eps, part, layout: Layout, *, step=16,
     if layout.block is not None:
         shapes.append(jax.ShapeDtypeStruct((b, layout.frames, blocks * steps * rows, d), jnp.float32))
         outs.append(some(rows, 0))
-    out, *sums = _call(kernel, (blocks * steps, layout.frames, b), specs, outs, shapes, warps, interpret)(*arrays)
+    out, *sums = _call(norm_rope_kernel, (blocks * steps, layout.frames, b), specs, outs, shapes, warps, interpret)(*arrays)
     means = sums[0].reshape(b, -1, steps * rows, heads, e).sum(2) if sums else None
     return out.reshape(b, -1, heads, e), means
 

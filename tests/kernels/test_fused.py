@@ -105,7 +105,8 @@ def rotated(y, angle):
 LAYOUTS = {
     "whole blocks": (2, 32, 16, True, 6, True, 2, "float32"),
     "short last block of a frame": (2, 26, 16, True, 3, True, 1, "bfloat16"),
-    "dead programs": (2, 36, 32, True, 3, True, 0, "float32"),  # of 4 tokens in blocks of two programs of 16
+    "dead programs": (2, 48, 32, True, 3, True, 0, "float32"),  # of 16 tokens, whole ones
+    "dead programs at the end": (1, 48, 32, False, 3, True, 0, "float32"),
     "short last block of all": (3, 26, 32, False, 6, True, 0, "bfloat16"),
     "blocks that powers of two do not divide": (2, 10, 6, True, 3, False, 1, "float32"),
     "no blocks": (2, 13, None, False, 3, True, 2, "bfloat16"),
