@@ -14,6 +14,7 @@ NUMBERS = {  # preset: tokens a frame, chunks, latent frames
     "self_forcing_14b": (1560, 7, 21),
     "longlive_1_3b": (1560, 40, 120),
     "light_forcing_1_3b": (1536, 7, 21),
+    "light_forcing_1_3b_dmd": (1536, 7, 21),
     "light_forcing_hopper": (1536, 7, 21),
     "light_forcing_long_1_3b": (1536, 21, 63),
     "wan_1_3b": (1560, 1, 21),

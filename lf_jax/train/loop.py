@@ -63,6 +63,7 @@ def run(
         networks = train.objective.build(config, load, jax.random.key(train.seed))
         load.check_used()
         now, fixed, assemble = state.begin(train, networks, devices)
+        del networks  # the state has copies, and these take the device's memory
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", train.keep, note))
         done, now = checkpoints.restore(now)
         if done:

@@ -19,7 +19,8 @@ from lf_jax.config import check
 
 class Metrics:
     """`metrics.jsonl`: a line has the step, the time (seconds since 1970), the seconds of training so far, all slices of the
-    run together, samples a second, and the mean of every metric since the line before.
+    run together, samples a second, the most memory that this process has taken on its first device, in bytes, where the
+    device says so, and the mean of every metric since the line before.
 
     Args:
         path: of the file; lines after `step` are of work that was lost, and go.
@@ -53,11 +54,13 @@ class Metrics:
             for name, value in values.items():
                 found.setdefault(name, []).append(float(value))
         now = time.monotonic()
+        memory = jax.local_devices()[0].memory_stats() or {}  # None on CPUs
         line = {
             "step": step,
             "time": round(time.time(), 3),
             "seconds": round(self._before + now - self._start, 3),
             "samples_per_second": round(self._samples / (now - self._last), 3),
+            **({"peak_bytes": memory["peak_bytes_in_use"]} if "peak_bytes_in_use" in memory else {}),
             **{name: math.fsum(values) / len(values) for name, values in found.items()},
         }
         bad = [f"{name}={line[name]}" for name in found if not math.isfinite(line[name])]

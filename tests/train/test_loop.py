@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shutil
+import weakref
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
@@ -85,6 +87,22 @@ def test_a_run_learns_and_says_so(whole):
     }  # fmt: skip
     assert found[-1]["model/loss"] < found[0]["model/loss"]
     assert sorted(int(path.name) for path in (whole / "checkpoints").iterdir()) == [6, 8]  # the newest two of 3, 6 and the end
+
+
+def test_the_weights_that_a_run_starts_from_are_let_go(tmp_path):
+    started, left = [], []
+
+    class Watched(toy.Blocks):
+        def build(self, config, load, key):
+            networks = super().build(config, load, key)
+            started.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(networks.trained))
+            return networks
+
+    def count(step, line):
+        left.append(sum(weight() is not None for weight in started))
+
+    assert run(toy.training(objective=Watched(), steps=1), tmp_path, report=count).finished
+    assert len(started) > 10 and left == [0]
 
 
 def test_a_killed_run_goes_on_bit_by_bit(base, whole, tmp_path, monkeypatch):

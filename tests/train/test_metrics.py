@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -25,6 +26,20 @@ def test_a_line_has_the_means_since_the_line_before(tmp_path):
     assert (first["step"], first["critic/loss"], first["generator/loss"]) == (2, 1.5, 20.0)
     assert (second["step"], second["critic/loss"], second["generator/loss"]) == (4, 3.5, 40.0)
     assert second["time"] > 1.7e9 and second["seconds"] >= first["seconds"] and second["samples_per_second"] > 0
+
+
+class Device:
+    def __init__(self, stats):
+        self.memory_stats = lambda: stats
+
+
+@pytest.mark.parametrize("stats, says", [(None, False), ({}, False), ({"bytes_in_use": 5, "peak_bytes_in_use": 7}, True)])
+def test_the_peak_of_the_memory_where_the_device_knows_it(tmp_path, monkeypatch, stats, says):
+    metrics = Metrics(tmp_path / "m.jsonl", 0)
+    metrics.add({"loss": jnp.float32(1)}, 1)
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(stats), Device({"peak_bytes_in_use": 9})])
+    assert metrics.write(1).get("peak_bytes") == (7 if says else None)
+    assert ("peak_bytes" in lines(tmp_path / "m.jsonl")[0]) == says
 
 
 def test_a_resumed_run_goes_on_in_the_same_log(tmp_path):

@@ -96,13 +96,15 @@ class Distillation:
         generator = trained["generator"]["dit"]
         frames = latent_frames(config.video.num_frames, config.vae.temporal_stride)
         inputs, x0 = self_rollout(generator, prompt, videos, exits, config, frames)
+        left = {"exit": jnp.mean(exits.astype(jnp.float32))}
         if name == "critic":
-            return differentiate(self.critic_loss, trained["critic"], prompt, x0, of_score, config)
+            gradient, metrics = differentiate(self.critic_loss, trained["critic"], prompt, x0, of_score, config)
+            return gradient, metrics | left
         negative = negative_embeddings(encoder, batch, prompt, config)
         direction = self.direction(frozen["teacher"], trained["critic"]["dit"], prompt, negative, x0, of_score, config)
         gradient = exit_gradient(generator, prompt, inputs, direction / direction.size, videos, exits, config, remat=self.remat)
         metrics = {"loss": 0.5 * jnp.mean(jnp.square(direction)), "direction": jnp.mean(jnp.abs(direction))}
-        return {"dit": gradient}, metrics | {"exit": jnp.mean(exits.astype(jnp.float32))}
+        return {"dit": gradient}, metrics | left
 
     def exits(self, key: Key[Array, ""], config: Config) -> Int[Array, " chunk"]:
         """The exit step of every chunk: each step is as likely."""
