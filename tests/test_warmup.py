@@ -1,6 +1,7 @@
 """Programs are compiled before they are called, once, and a later process finds them."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -9,10 +10,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 import small
 
 from lf_jax import cli, compilation, generate, programs
+from pallas_kernels import BlockMap
+from pallas_kernels.block_sparse import hopper_common, hopper_forward
 
 HEAVY = {"jit_encode", "jit_text_cache", "jit_next_chunk", "jit_decode_pixels"}
 CHILD = """
@@ -71,6 +75,26 @@ def test_every_length_of_a_chunk_has_its_programs():
 @pytest.mark.parametrize(("frames", "parts"), [(1, (1,)), (3, (3,)), (4, (1, 3)), (8, (2, 3, 3))])
 def test_the_decoder_takes_a_few_frames_at_a_time(frames, parts):
     assert generate.decode_lengths(frames) == parts
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="names of kernels are numbers from jaxlib 0.11.1 on")
+def test_a_kernel_is_the_same_program_whatever_was_lowered_before(monkeypatch):
+    original = compilation.mosaic_gpu_dialect.get_or_set_dump_options
+    monkeypatch.setattr(compilation.mosaic_gpu_dialect, "get_or_set_dump_options", getattr(original, "original", original))
+    numbered = {lowered_kernel() for _ in range(2)}
+    compilation.use_cache()
+    named = {lowered_kernel() for _ in range(2)}
+    compilation.use_cache()
+    assert len(numbered) == 2 and len(named) == 1 and lowered_kernel() in named
+
+
+def lowered_kernel() -> str:
+    """The program for Hopper of a small call."""
+    shapes = {"q": (1, 128, 1, 128), "k": (1, 256, 1, 128), "index": (1, 1, 1, 2), "count": (1, 1, 1)}
+    q, k = (jax.ShapeDtypeStruct(shapes[name], jnp.bfloat16) for name in "qk")
+    lists = BlockMap(*(jax.ShapeDtypeStruct(shapes[name], jnp.int32) for name in ("index", "count")), 128, 128)
+    call = functools.partial(hopper_forward.forward, past=None, scale=0.1, frame_tokens=128, config=hopper_common.Config())
+    return jax.jit(lambda *given: call(*given)).trace(q, k, k, lists).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_the_cache_has_a_default_a_variable_and_an_option(monkeypatch, capsys):
