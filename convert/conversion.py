@@ -7,6 +7,8 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from convert import lora as low_rank
 from convert.exporting import as_source
 from convert.families import FAMILIES, Family, Part
@@ -14,7 +16,7 @@ from convert.reader import Source, open_source, unwrapped
 from convert.rules import ConversionError, Piece, plan
 from convert.tensors import Tensors
 from convert.writer import Progress, dtypes_of, main_dtype, write_component
-from lf_jax import checkpoint, presets
+from lf_jax import checkpoint, presets, quant
 from lf_jax.checkpoint.component import Part as PartConfig
 from lf_jax.config import Config, check
 
@@ -155,7 +157,7 @@ def _plan(
     if settings is None or table.COMPONENT == "vae":  # any VAE goes with any transformer of its latents
         config = dataclasses.replace(table.describe(shapes, opened.settings), **part.fields)
         return _fit(table, config, tensors, dtype, beside, notes)
-    config = settings.model if table.COMPONENT == "dit" else settings.text
+    config = dataclasses.replace(settings.model if table.COMPONENT == "dit" else settings.text, **part.fields)
     try:
         return _fit(table, config, tensors, dtype, beside, notes)
     except ConversionError as error:
@@ -174,10 +176,13 @@ def _difference(wanted: PartConfig, found: PartConfig) -> str:
 
 
 def _fit(table: Any, config: PartConfig, tensors: Tensors, dtype: str | None, beside: dict, notes: dict) -> Planned:
-    shapes = checkpoint.shapes(config)
+    leaves = checkpoint.flatten(checkpoint.abstract(config))
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
     pieces = plan(table.rules(config), {name: tensor.shape for name, tensor in tensors.items()}, shapes)
-    dtypes = dtypes_of(pieces, tensors, dtype)
-    config = dataclasses.replace(config, dtype=dtype or main_dtype(dtypes, shapes))
+    fixed = {name: np.dtype(leaf.dtype) for name, leaf in leaves.items() if quant.is_form(name, leaves)}
+    dtypes = dtypes_of(pieces, tensors, dtype, fixed)
+    free = {name: kind for name, kind in dtypes.items() if name not in fixed}
+    config = dataclasses.replace(config, dtype=dtype or main_dtype(free, shapes))
     return Planned(table.COMPONENT, config, pieces, tensors, dtypes, beside, notes)
 
 
@@ -187,6 +192,7 @@ def _lora_onto(target: pathlib.Path, update: Source, part: Part, dtype: str | No
         "dit" in checkpoint.components(target),
         f"{update.path} holds a LoRA alone, and {target} has no transformer to add it to: convert the base first, or give both",
     )
+    check(checkpoint.load_part(target, "dit").linears == "full", f"{target}/dit is quantised: a LoRA needs the full weights")
     note, notes = _lora_note(update.path, scale), checkpoint.load_notes(target, "dit")
     before = notes.get("lora", [])
     check(note["sha256"] not in [old["sha256"] for old in before], f"{update.path} is merged into {target}/dit already")

@@ -1,7 +1,9 @@
 """A converted component back into the PyTorch layout: the tables read from right to left."""
 
+import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -65,16 +67,29 @@ def export(
 
 
 def as_source(folder: str | os.PathLike, component: str, table: Any) -> tuple[PartConfig, Tensors]:
-    """The config of a converted component, and its tensors by the names and in the layout of `table`."""
-    config = checkpoint.load_part(folder, component)
-    arrays = stored(folder, component)
-    pieces = pieces_of(table.rules(config), {name: array.shape for name, array in arrays.items()})
-    return config, {piece.source: _tensor(piece, arrays[piece.target]) for piece in pieces}
+    """The config of a converted component, and its tensors by the names and in the layout of `table`.
+
+    Quantised layers are multiplied out, in float32, for a table that does not know them.
+    """
+    config, arrays = checkpoint.load_part(folder, component), stored(folder, component)
+    if getattr(config, "linears", "full") not in getattr(table, "FORMS", ("full",)):
+        config = dataclasses.replace(config, linears="full")
+    pieces = pieces_of(table.rules(config), checkpoint.shapes(config))
+    return config, {piece.source: _tensor(piece, arrays) for piece in pieces}
 
 
-def _tensor(piece: Piece, array: np.ndarray) -> Tensor:
-    one = array if piece.layer is None else array[piece.layer]
-    return Tensor(piece.shape, array.dtype, lambda: piece.transform.inverse(one))
+def _tensor(piece: Piece, arrays: Mapping[str, np.ndarray]) -> Tensor:
+    if piece.target in arrays:
+        array = arrays[piece.target]
+        return Tensor(piece.shape, array.dtype, lambda: piece.transform.inverse(array[piece.index]))
+    layer = piece.target.removesuffix(".kernel")
+    values, scale = arrays[f"{layer}.values"], arrays[f"{layer}.scale"]
+
+    def read() -> np.ndarray:
+        rows = values[piece.index].astype(np.float32) * scale[piece.index][:, None]
+        return piece.transform.inverse(rows if len(piece.index) == 2 else rows.T)  # parts of a joined layer are [out, in]
+
+    return Tensor(piece.shape, np.dtype(np.float32), read)
 
 
 def _cast(tensor: Tensor, dtype: np.dtype) -> Tensor:

@@ -38,7 +38,7 @@ def merge(tensors: Tensors, updates: Tensors, scale: float = 1.0) -> Tensors:
     """
     weights = {_plain(name.removesuffix(".weight")): name for name in tensors if name.endswith(".weight")}
     found: dict[str, dict[str, Tensor]] = {}
-    unknown, doubled, lone, misshaped = [], [], [], []
+    unknown, doubled, lone, misshaped, coarse = [], [], [], [], []
     for name, tensor in updates.items():
         match = _NAME.fullmatch(name)
         weight = weights.get(_plain(match["layer"])) if match else None
@@ -55,11 +55,14 @@ def merge(tensors: Tensors, updates: Tensors, scale: float = 1.0) -> Tensors:
             lone.append(f"{weight}: no {' and no '.join(missing)}")
             continue
         base, a, b = tensors[weight], roles["A"], roles["B"]
+        if base.dtype.itemsize == 1:
+            coarse.append(f"{weight} {base.dtype}")
         if len(a.shape) != 2 or b.shape != (base.shape[0], a.shape[0]) or base.shape[1:] != a.shape[1:]:
             misshaped.append(f"{weight} {list(base.shape)}: A {list(a.shape)}, B {list(b.shape)}")
             continue
         merged[weight] = _merged(base, a, b, roles.get("alpha"), scale)
     faults = {"unknown or without a layer": unknown, "doubled": doubled, "incomplete": lone, "wrong shape": misshaped}
+    faults["too coarse to add to, convert the full weights instead"] = coarse
     if any(faults.values()):
         raise ConversionError("the LoRA does not fit the model:", faults)
     return merged

@@ -5,6 +5,7 @@ A rule is a pair of templates:
     Rule("blocks.{layer}.self_attn.{p:q|k|v|o}.weight", "blocks.self_attention.{p}.kernel", LINEAR)
 
 `{layer}`            an integer in the source; the leading, stacking axis of the target
+`{part:a=0|b=1}`     one of the alternatives in the source; its place on the next axis of the target
 `{name}`             any other integer, the same in source and target
 `{name:a|b}`         one of the alternatives, the same in source and target (where `{name}` is enough)
 `{name:a=x|b=y}`     `a` in the source is `x` in the target
@@ -16,6 +17,7 @@ with a rule that has a target, it allows a copy: the name counts where it is the
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 
@@ -25,6 +27,7 @@ from convert.transforms import SAME, Transform
 
 Shape = tuple[int, ...]
 
+AXES = ("layer", "part")
 _PLACEHOLDER = re.compile(r"\{(\w+)(?::([^{}]*))?\}")
 _SHOWN = 12  # faults of one kind in a message
 
@@ -65,8 +68,14 @@ class Rule:
         _compile(self)  # a wrong template fails where it is written
 
     @property
-    def stacked(self) -> bool:
-        return "layer" in _compile(self).names
+    def axes(self) -> tuple[str, ...]:
+        """The placeholders that stand for the leading axes of the target, which hold one source tensor at each place."""
+        return tuple(name for name in AXES if name in _compile(self).names)
+
+    def spelled(self, name: str, at: int) -> str:
+        """A place on such an axis as the source spells it."""
+        choices = _compile(self).names[name] or {str(at): str(at)}
+        return next(theirs for theirs, place in choices.items() if place == str(at))
 
     def source_match(self, key: str) -> dict[str, str] | None:
         """The placeholder values of `key`, as spelled in the source; None if the rule is not about it."""
@@ -74,7 +83,7 @@ class Rule:
         return found.groupdict() if found else None
 
     def target_match(self, path: str) -> dict[str, str] | None:
-        """The placeholder values of our `path`, as spelled in the source, `layer` left out."""
+        """The placeholder values of our `path`, as spelled in the source, `AXES` left out."""
         compiled = _compile(self)
         found = compiled.target.fullmatch(path) if compiled.target else None
         if not found:
@@ -108,8 +117,9 @@ def _compile(rule: Rule) -> _Compiled:
     if rule.target is None:
         return _Compiled(source, None, names)
     used = [name for name, _ in _PLACEHOLDER.findall(rule.target)]
-    if sorted(used) != sorted(set(names) - {"layer"}):
-        raise ValueError(f"{rule.target!r} must use the placeholders of {rule.source!r}, once each, without {{layer}}")
+    if sorted(used) != sorted(set(names) - set(AXES)):
+        without = " and ".join(f"{{{name}}}" for name in AXES)
+        raise ValueError(f"{rule.target!r} must use the placeholders of {rule.source!r}, once each, without {without}")
     return _Compiled(source, _regex(rule.target, names, side=1), names)
 
 
@@ -125,13 +135,17 @@ def _regex(template: str, names: Mapping[str, dict[str, str] | None], side: int)
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One source tensor and its place: a whole target, or one layer of a stacked one."""
+    """One source tensor and its place: a whole target, or one layer, or one part of a layer, of a stacked one."""
 
     source: str
     target: str
-    layer: int | None
+    index: tuple[int, ...]  # on the leading axes of the target; () is all of it
     transform: Transform
     shape: Shape  # in the source
+
+    @property
+    def place(self) -> str:
+        return ", ".join([self.target, *(f"{name} {at}" for name, at in zip(AXES, self.index, strict=False))])
 
 
 def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Shape], target_shapes: Mapping[str, Shape]) -> list[Piece]:
@@ -160,7 +174,7 @@ def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Shape], target_shape
         if not (slots := _slots(rules, target, shape)):
             unruled.append(f"{target} {list(shape)}")
         for slot in slots:
-            place = target if slot[0].layer is None else f"{target}, layer {slot[0].layer}"
+            place = slot[0].place
             present = [piece for piece in slot if piece.source in source_shapes]
             if not present:
                 missing.append(f"{' or '.join(piece.source for piece in slot)} {list(slot[0].shape)} (for {place})")
@@ -210,17 +224,17 @@ def pieces_of(rules: Iterable[Rule], target_shapes: Mapping[str, Shape]) -> list
 
 
 def _slots(rules: tuple[Rule, ...], target: str, shape: Shape) -> list[list[Piece]]:
-    """For a parameter, or each layer of it, the source tensors that can fill it, by preference."""
+    """For a parameter, or each place on its leading axes, the source tensors that can fill it, by preference."""
     matches = [(rule, values) for rule in rules if (values := rule.target_match(target)) is not None]
-    stacked = {rule.stacked for rule, _ in matches}
-    if len(stacked) > 1:
-        raise ValueError(f"rules disagree whether {target} is stacked: {[rule.source for rule, _ in matches]}")
-    layers = range(shape[0]) if True in stacked else [None] * len(stacked)
-    return [[_piece(rule, values, target, layer, shape) for rule, values in matches] for layer in layers]
+    if len({rule.axes for rule, _ in matches}) > 1:
+        raise ValueError(f"rules disagree how {target} is stacked: {[rule.source for rule, _ in matches]}")
+    stacked = len(matches[0][0].axes) if matches else 0
+    places = itertools.product(*map(range, shape[:stacked])) if matches else ()
+    return [[_piece(rule, values, target, index, shape) for rule, values in matches] for index in places]
 
 
-def _piece(rule: Rule, values: dict[str, str], target: str, layer: int | None, shape: Shape) -> Piece:
-    one = shape if layer is None else shape[1:]
-    weightless = np.broadcast_to(np.zeros((), np.bool_), one)  # strides of zero: any size for one byte
+def _piece(rule: Rule, values: dict[str, str], target: str, index: tuple[int, ...], shape: Shape) -> Piece:
+    weightless = np.broadcast_to(np.zeros((), np.bool_), shape[len(index) :])  # strides of zero: any size for one byte
     expected = tuple(int(n) for n in rule.transform.inverse(weightless).shape)
-    return Piece(rule.source_key({**values, "layer": layer}), target, layer, rule.transform, expected)
+    where = {name: rule.spelled(name, at) for name, at in zip(rule.axes, index, strict=True)}
+    return Piece(rule.source_key(values | where), target, index, rule.transform, expected)

@@ -19,14 +19,20 @@ from lf_jax.config import check
 Progress = Callable[[str, int, int], None]  # what is written now, bytes done, bytes in all
 
 
-def dtypes_of(pieces: Sequence[Piece], tensors: Tensors, dtype: str | None) -> dict[str, np.dtype]:
-    """The dtype that every target is stored in: `dtype`, or the source's; of a stack, the one that holds all layers."""
+def dtypes_of(
+    pieces: Sequence[Piece], tensors: Tensors, dtype: str | None, fixed: Mapping[str, np.dtype]
+) -> dict[str, np.dtype]:
+    """The dtype that every target is stored in: `dtype`, or the source's; of a stack, the one that holds all layers.
+
+    Args:
+        fixed: of targets that have one dtype whatever the others have.
+    """
     found: dict[str, list[np.dtype]] = {}
     for piece in pieces:
         found.setdefault(piece.target, []).append(tensors[piece.source].dtype)
     if dtype is not None:
-        return dict.fromkeys(found, jnp.dtype(dtype))
-    return {target: np.dtype(functools.reduce(jnp.promote_types, kinds)) for target, kinds in found.items()}
+        return dict.fromkeys(found, jnp.dtype(dtype)) | fixed
+    return {target: np.dtype(functools.reduce(jnp.promote_types, kinds)) for target, kinds in found.items()} | fixed
 
 
 def main_dtype(dtypes: Mapping[str, np.dtype], shapes: Mapping[str, Shape]) -> str:

@@ -20,27 +20,26 @@ ROWS = 512  # query tokens whose logits XLA holds at a time: 0.8 GB at 12 heads 
 
 def self_attention(
     q: Float[Array, "b t head e"],
-    k: Float[Array, "b t head e"],
-    v: Float[Array, "b t head e"],
+    new: ChunkKV,
     cache: KVCache,
     layer: Int[Array, ""],
     time: sparsity.Timeline | None,
     budget: sparsity.Budget | None,
     grid: Grid,
     settings: config.Sparsity,
+    means: Float[Array, "b query_block head e"] | None = None,
     marginal: Callable[[Array], Array] | None = None,
-) -> tuple[Float[Array, "b t head e"], ChunkKV]:
+) -> Float[Array, "b t head e"]:
     """Attends from a chunk to the visible frames of the cache and to the whole chunk; the cache is only read.
 
     Args:
-        q, k, v: whole frames of `grid.frame_tokens` tokens, after qk-norm and RoPE.
+        q: whole frames of `grid.frame_tokens` tokens, after qk-norm and RoPE.
+        new: keys and values of the same frames, as the cache will hold them.
         layer: which layer of the cache.
         time: the order of the key blocks, `sparsity.timeline` of the chunk; None where `settings` is dense.
         budget: key blocks a query block may visit in this chunk; likewise.
+        means: float32, the mean query of every query block, where it is known already.
         marginal: projects what linear attention reads of the blocks that are left out, which is then added (SLA).
-
-    Returns:
-        The output, and what this layer adds to the cache.
 
     Raises:
         ValueError: if `q` is not made of whole frames, or a sparse policy comes without a timeline or a budget.
@@ -49,29 +48,30 @@ def self_attention(
     config.check(over == 0, f"q has {q.shape[1]} tokens, expected a multiple of {grid.frame_tokens=}")
     for name, value in (("timeline", time), ("budget", budget)):
         config.check(settings.dense or value is not None, f"policy {settings.policy!r} needs a {name}, received None")
-    new = chunk_kv(k, v, grid, pool=not settings.dense, implementation=settings.selection)
     if settings.dense:
-        keys, values, length = kv.dense_view(cache, layer, new, frames)
-        keys, values = (without_padding(x, grid) for x in (keys, values))
-        length = length // grid.padded_frame * grid.frame_tokens
-        return dense_attention(q, keys, values, length, settings.implementation), new
+        with jax.named_scope("attend"):
+            keys, values, length = kv.dense_view(cache, layer, new, frames)
+            keys, values = (without_padding(x, grid) for x in (keys, values))
+            length = length // grid.padded_frame * grid.frame_tokens
+            return dense_attention(q, keys, values, length, settings.implementation)
     with jax.named_scope("select"):
-        inputs = sparsity.Inputs(q, new, cache, layer, time, budget, grid, settings)
+        inputs = sparsity.Inputs(q, new, cache, layer, time, budget, grid, settings, means)
         blocks = sparsity.select(inputs)
-    out = block_sparse_attention(
-        q,
-        new.k,
-        new.v,
-        blocks,
-        scale=q.shape[-1] ** -0.5,
-        past=Past(cache.k, cache.v, layer) if cache.frames else None,
-        frame_tokens=grid.frame_tokens,
-        implementation=settings.implementation,
-    )
+    with jax.named_scope("attend"):
+        out = block_sparse_attention(
+            q,
+            new.k,
+            new.v,
+            blocks,
+            scale=q.shape[-1] ** -0.5,
+            past=Past(cache.k, cache.v, layer) if cache.frames else None,
+            frame_tokens=grid.frame_tokens,
+            implementation=settings.implementation,
+        )
     if marginal is not None:
         with jax.named_scope("marginal"):
             out += marginal(sparsity.linear_attention(inputs, blocks))
-    return out, new
+    return out
 
 
 def implementations(settings: config.Config) -> dict[str, str | None]:

@@ -63,10 +63,10 @@ def _attend(scene: Scene, layer: int, grid: Grid, settings: Config) -> Array:
 
 
 def _both(scene: Scene, layer: int, grid: Grid, settings: Config) -> Array:
-    """As the network calls it."""
-    qkv = scene.q[layer], scene.k[layer], scene.v[layer]
+    """As the network does it, but that there the means are made where queries and keys are normalised."""
+    new = attention.chunk_kv(scene.k[layer], scene.v[layer], grid, pool=True, implementation=settings.sparsity.selection)
     given = scene.cache, jnp.int32(layer), scene.time, scene.budget, grid, settings.sparsity
-    return attention.self_attention(*qkv, *given)[0]
+    return attention.self_attention(scene.q[layer], new, *given)
 
 
 def _dense(scene: Scene, layer: int, grid: Grid, settings: Config) -> Array:

@@ -26,6 +26,7 @@ COMMANDS = {  # imported when called for: each brings its own part of the librar
     "encode": ("lf_jax.commands.encode", "Encode"),
     "latents": ("lf_jax.commands.latents", "Latents"),
     "convert": ("lf_jax.commands.checkpoints", "Convert"),
+    "quantise": ("lf_jax.commands.checkpoints", "Quantise"),
     "export": ("lf_jax.commands.checkpoints", "Export"),
     "parity": ("lf_jax.commands.parity", "Parity"),
     "train": ("lf_jax.commands.train", "Train"),

@@ -37,10 +37,13 @@ class Model:
     patch: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows and columns in one token
     eps: float = 1e-6
     linear_branch: bool = False  # SLA: sparse layers add a projection of linear attention to the blocks that they leave out
+    linears: Literal["full", "fp8"] = "full"  # of the blocks; fp8: float8 weights and activations, for inference
     dtype: str = "bfloat16"  # of parameters and activations
 
     def __post_init__(self):
         check_dtype(self.dtype)
+        fits = self.linears == "full" or self.dtype != "float16"
+        check(fits, f"{self.linears=} needs bfloat16 or float32, not {self.dtype=}")
         check(self.dim % self.heads == 0, f"{self.heads=} must divide {self.dim=}")
         check(self.head_dim % 2 == 0 and self.head_dim >= 6, f"{self.head_dim=} must be even and at least 6")
         check(self.freq_dim % 2 == 0, f"{self.freq_dim=} must be even")

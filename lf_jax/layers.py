@@ -12,6 +12,8 @@ import numpy as np
 from flax import nnx
 
 from lf_jax.arrays import Array, Float
+from pallas_kernels import fused
+from pallas_kernels.linear import Quantised
 
 xavier = jax.nn.initializers.xavier_uniform()
 
@@ -19,13 +21,6 @@ xavier = jax.nn.initializers.xavier_uniform()
 def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """GELU in its tanh form, which Wan and UMT5 use."""
     return jax.nn.gelu(x, approximate=True)
-
-
-def layer_norm(x: Float[Array, "*n d"], eps: float) -> Float[Array, "*n d"]:
-    """Zero mean and unit variance along the last axis; float32, so that what follows rounds once."""
-    x = x.astype(jnp.float32)
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
 
 
 def sinusoid(position: Float[Array, "*n"], features: int) -> Float[Array, "*n {features}"]:
@@ -81,5 +76,6 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,), dtype))
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        return (layer_norm(x, self.eps) * self.scale[...] + self.bias[...]).astype(x.dtype)
+    def __call__(self, x: Float[Array, "b t d"], quantise: bool = False) -> Float[Array, "b t d"] | Quantised:
+        """`quantise`: the result as the input of a quantised linear layer."""
+        return fused.layer_norm(x, self.scale[...], self.bias[...], eps=self.eps, quantise=quantise)

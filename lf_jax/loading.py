@@ -64,7 +64,7 @@ class Source:
         part, place = getattr(self.config, COMPONENT_PARTS[name]), self.place(name)
         if place is None:
             return random_module(part, self.seed)
-        return checkpoint.load_component(place, name, dtype=part.dtype)[1]
+        return checkpoint.load_component(place, name, dtype=part.dtype, linears=getattr(part, "linears", None))[1]
 
     def place(self, name: str) -> pathlib.Path | None:
         """The folder that holds a component; None where it has random weights."""
@@ -88,7 +88,8 @@ def find(
     A preset has the weights that come with the package, or random ones.
 
     Args:
-        settings: in place of the source's own config. Of the models themselves only the dtype may differ.
+        settings: in place of the source's own config. Of the models themselves only the dtype may differ, and
+            the form of the linear layers (`Model.linears`).
         seed: of a preset's random weights; None means 0.
         vae: another autoencoder than the source's own: a converted folder that holds one, or of a preset with random
             weights a name of `lf_jax.vae.PARTS`.
@@ -108,7 +109,7 @@ def find(
         differing = [
             f"{part}.{f.name}={getattr(ours, f.name)!r} but {fixed} has {getattr(theirs, f.name)!r}"
             for f in dataclasses.fields(ours)
-            if f.name != "dtype" and getattr(ours, f.name) != getattr(theirs, f.name)
+            if f.name not in ("dtype", "linears") and getattr(ours, f.name) != getattr(theirs, f.name)
         ]
         check(fixed is None or not differing, "; ".join(differing))
     return found

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lf_jax import attention, config, rope
+from lf_jax import attention, config
 from lf_jax import cache as kv
 from lf_jax.arrays import Array, Float
 from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.config import Config, check
 from lf_jax.dit import TextCache, WanDiT, forward, text_cache
-from lf_jax.dit.model import embed_time, patchify
+from lf_jax.dit.block import Block, SelfAttention
+from lf_jax.dit.model import embed_time, over_layers, patchify, turns
 from lf_jax.rollout import branches, draws, initial_state, prefill, rollout
 from lf_jax.tokens import Grid, chunk_lengths
 
@@ -232,21 +233,18 @@ def block_outputs(
         The first block's input, every block's output in a chain, and every block's output from `given`.
     """
     _, modulation = embed_time(model, timestep)
-    angles = rope.angles(cache.end, x.shape[1], grid.rows, grid.columns, model.config.head_dim)
-    tokens = patchify(model, x)
+    turn, tokens = turns(model, cache, x.shape[1], grid), patchify(model, x)
 
-    def layer(tokens: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array]]:
-        block, text_k, text_v, index, given = inputs
+    def layer(tokens: Array, index: Array, block: Block, text: TextCache, given: Array) -> tuple[Array, tuple[Array, Array]]:
+        def attend(own: SelfAttention, qkv: Array) -> tuple[Array, ChunkKV]:
+            q, _, new = own.queries_keys(qkv, turn, grid, pool=False)
+            return attention.self_attention(q, new, cache, index, None, None, grid, sparsity), new
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, ChunkKV]:
-            return attention.self_attention(q, k, v, cache, index, None, None, grid, sparsity)
-
-        chained, _ = block(tokens, modulation, angles, text_k, text_v, attend)
-        alone, _ = block(given.astype(tokens.dtype), modulation, angles, text_k, text_v, attend)
+        chained, _ = block(tokens, modulation, text.k, text.v, attend)
+        alone, _ = block(given.astype(tokens.dtype), modulation, text.k, text.v, attend)
         return chained, (chained, alone)
 
-    layers = (model.blocks, text.k, text.v, jnp.arange(model.config.layers), given)
-    _, (chained, alone) = jax.lax.scan(layer, tokens, layers)
+    _, (chained, alone) = over_layers(model, layer, tokens, text, given)
     return tokens, chained, alone
 
 

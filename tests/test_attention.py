@@ -85,7 +85,8 @@ def test_every_policy_with_a_full_budget_is_dense(policy, name, rows):
 def run(q, k, v, cache, budget, grid, settings):
     frames = q.shape[1] // grid.frame_tokens
     given = (None, None) if settings.dense else (sparsity.timeline(cache, frames, grid), budget)
-    return attention.self_attention(q, k, v, cache, jnp.int32(1), *given, grid, settings)
+    new = attention.chunk_kv(k, v, grid, pool=not settings.dense, implementation=settings.selection)
+    return attention.self_attention(q, new, cache, jnp.int32(1), *given, grid, settings), new
 
 
 def test_a_small_budget_is_not_dense():
@@ -171,14 +172,14 @@ def test_wrong_calls_are_refused():
     g = grid("topk")
     cache, *_ = history("first chunk", g, True)
     q, k, v = draw(1, 1, g)
-    short = [x[:, :-1] for x in (q, k, v)]
+    new = attention.chunk_kv(k, v, g, pool=True)
     with pytest.raises(ValueError, match="q has 29 tokens, expected a multiple of grid.frame_tokens=30"):
-        attention.self_attention(*short, cache, jnp.int32(0), None, None, g, settings("dense"))
+        attention.self_attention(q[:, :-1], new, cache, jnp.int32(0), None, None, g, settings("dense"))
     with pytest.raises(ValueError, match="policy 'topk' needs a timeline, received None"):
-        attention.self_attention(q, k, v, cache, jnp.int32(0), None, None, g, settings("topk"))
+        attention.self_attention(q, new, cache, jnp.int32(0), None, None, g, settings("topk"))
     with pytest.raises(ValueError, match="policy 'topk' needs a budget, received None"):
         time = sparsity.timeline(cache, 1, g)
-        attention.self_attention(q, k, v, cache, jnp.int32(0), time, None, g, settings("topk"))
+        attention.self_attention(q, new, cache, jnp.int32(0), time, None, g, settings("topk"))
 
 
 @pytest.mark.parametrize("policy, names", [("topk", "hopper, triton, xla, reference"), ("dense", "cudnn, xla")])

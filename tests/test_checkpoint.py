@@ -199,8 +199,8 @@ def test_flatten_and_build_are_inverse():
     model = module_of(fake.MODEL)
     flat = checkpoint.flatten(model)
     assert isinstance(model, WanDiT) and all(isinstance(leaf, jax.Array) for leaf in flat.values())
-    assert model.blocks.self_attention.q.kernel[...] is flat["blocks.self_attention.q.kernel"]
-    assert flat["blocks.self_attention.q.kernel"].shape == (3, 32, 32)
+    assert model.blocks.self_attention.qkv.kernel[...] is flat["blocks.self_attention.qkv.kernel"]
+    assert flat["blocks.self_attention.qkv.kernel"].shape == (3, 3, 32, 32)
     assert_equal(checkpoint.build(checkpoint.abstract(fake.MODEL), flat), model)
 
 

@@ -119,7 +119,7 @@ def test_lora_faults_are_reported_together(tmp_path):
 # ---- float8 --------------------------------------------------------------------------------
 
 
-def test_float8_is_multiplied_out_in_float32(tmp_path):
+def test_float8_is_multiplied_out_in_float32_for_other_families(tmp_path):
     stored = fake.float8(fake.tensors("wan", fake.MODEL))
     fake.write(tmp_path / "s/fp8.safetensors", stored, fake.WAN_SETTINGS)
     convert.convert("lightx2v_fp8", tmp_path / "s", tmp_path / "dir")
@@ -130,17 +130,34 @@ def test_float8_is_multiplied_out_in_float32(tmp_path):
         np.testing.assert_array_equal(found[name], stored[name].astype(np.float32) * stored[f"{name}_scale"])
 
 
-def test_float8_numbers_survive_bfloat16(tmp_path):
+@pytest.mark.parametrize("preset", [None, fake.CONFIG])
+def test_float8_numbers_and_scales_stay_whatever_the_dtype_of_the_rest(preset, tmp_path):
     stored = fake.float8(fake.tensors("wan", fake.MODEL))
     fake.write(tmp_path / "s/fp8.safetensors", stored, fake.WAN_SETTINGS)
-    convert.convert("lightx2v_fp8", tmp_path / "s", tmp_path / "dir", dtype="bfloat16")
+    convert.convert("lightx2v_fp8", tmp_path / "s", tmp_path / "dir", dtype="bfloat16", preset=preset)
+    part, model = checkpoint.load_component(tmp_path / "dir", "dit")
+    assert (part.linears, part.dtype) == ("fp8", "bfloat16")
+    up, bias = model.blocks.ffn.up, stored["model.blocks.2.ffn.0.bias"]
+    np.testing.assert_array_equal(up.values[2], stored["model.blocks.2.ffn.0.weight"])
+    rows = up.values[2].astype(np.float32) * up.scale[2][:, None]
+    bound = [448 * np.abs(rows).sum(-1).max(), np.abs(bias).max()]
+    np.testing.assert_allclose(up.reach[2], bound, rtol=1e-6)
     found = exported(tmp_path / "dir", "lightx2v_fp8")
     assert sorted(found) == sorted(stored)
     for name, tensor in stored.items():
-        if name.endswith("weight_scale"):
-            np.testing.assert_allclose(found[name], tensor, rtol=2**-8)
-        elif tensor.dtype == ml_dtypes.float8_e4m3fn:
+        if name.endswith("weight_scale") or tensor.dtype == ml_dtypes.float8_e4m3fn:
             assert found[name].tobytes() == tensor.tobytes()
+
+
+def test_no_lora_goes_into_float8(tmp_path):
+    stored = fake.float8(fake.tensors("wan", fake.MODEL))
+    path = fake.write(tmp_path / "s/fp8.safetensors", stored, fake.WAN_SETTINGS)
+    update = fake.write(tmp_path / "l/lora.safetensors", lora())
+    with pytest.raises(ConversionError, match="too coarse to add to"):
+        convert.convert("lightx2v_fp8", path, tmp_path / "dir", lora=update)
+    convert.convert("lightx2v_fp8", path, tmp_path / "dir")
+    with pytest.raises(ValueError, match="is quantised: a LoRA needs the full weights"):
+        convert.convert("longlive", update, tmp_path / "dir")
 
 
 def test_every_scale_comes_back():

@@ -115,8 +115,12 @@ def numpy_model(p: dict[str, np.ndarray], x, timestep, embeddings, lengths: tupl
         p = p | {f"now.{name}": a for name, a in layer.items()}
         m = np.moveaxis((layer["modulation"] + six)[:, frame], 2, 0)
         h = norm(y) * (1 + m[1]) + m[0]
-        q, k = (rms(linear(f"now.self_attention.{n}", h), layer[f"self_attention.norm_{n}.scale"]) for n in "qk")
-        h = attend(turn(split(q)), turn(split(k)), split(linear("now.self_attention.v", h)), chunk[:, None] >= chunk)
+        q, k, v = (
+            h @ kernel.T + bias
+            for kernel, bias in zip(layer["self_attention.qkv.kernel"], layer["self_attention.qkv.bias"], strict=True)
+        )
+        q, k = (rms(each, layer[f"self_attention.norm_{n}.scale"]) for n, each in (("q", q), ("k", k)))
+        h = attend(turn(split(q)), turn(split(k)), split(v), chunk[:, None] >= chunk)
         y = y + m[2] * linear("now.self_attention.o", h)
         h = norm(y) * layer["cross_norm.scale"] + layer["cross_norm.bias"]
         q = rms(linear("now.cross_attention.q", h), layer["cross_attention.norm_q.scale"])
@@ -235,15 +239,16 @@ def test_wrong_inputs_are_named():
 
 def test_initial_values_are_wans_but_for_the_head():
     dit = jax.jit(lambda: WanDiT(TINY, rngs=nnx.Rngs(0)))()
-    q, ffn = dit.blocks.self_attention.q, dit.blocks.ffn.up
-    for kernel in (q.kernel[...], ffn.kernel[...]):
-        bound = np.sqrt(6 / sum(kernel.shape[1:]))
+    qkv, ffn = dit.blocks.self_attention.qkv, dit.blocks.ffn.up
+    for kernel in (qkv.kernel[...], ffn.kernel[...]):
+        bound = np.sqrt(6 / sum(kernel.shape[-2:]))
         assert 0.95 * bound < float(jnp.abs(kernel).max()) <= bound
-    assert not np.array_equal(q.kernel[0], q.kernel[1])  # every layer its own
+    every = qkv.kernel[...].reshape(-1, TINY.dim, TINY.dim)
+    assert len(np.unique(every[:, 0, 0])) == 3 * TINY.layers  # every layer and each of the three its own
     for mlp in (dit.text_embedding, dit.time_embedding):
         assert 0.015 < float(jnp.std(mlp.down.kernel[...])) < 0.025
     assert float(jnp.std(dit.head.linear.kernel[...])) > 0.1  # a zero head would make all random models alike
-    assert float(jnp.abs(q.bias[...]).max()) == 0 and float(dit.blocks.cross_norm.scale[...].min()) == 1
+    assert float(jnp.abs(qkv.bias[...]).max()) == 0 and float(dit.blocks.cross_norm.scale[...].min()) == 1
 
 
 # ---- structure, and full size without memory ---------------------------------------------------------------------------------

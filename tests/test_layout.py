@@ -11,6 +11,7 @@ LAYERS = [  # bottom first; the longest matching prefix places a module
     [
         "lf_jax.layers",
         "lf_jax.rope",
+        "lf_jax.quant",
         "lf_jax.cache",
         "lf_jax.flow",
         "lf_jax.solvers",

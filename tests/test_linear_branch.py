@@ -48,8 +48,9 @@ def empty(settings=SLA):
 @jax.jit
 def attend(inputs, k, v):
     """Without the branch, with one that doubles, and the lists."""
-    given = inputs.q, k, v, inputs.cache, inputs.layer, inputs.time, inputs.budget, SMALL, inputs.settings
-    plain, both = (attention.self_attention(*given, marginal)[0] for marginal in (None, lambda read: 2 * read))
+    new = attention.chunk_kv(k, v, SMALL, pool=True)
+    given = inputs.q, new, inputs.cache, inputs.layer, inputs.time, inputs.budget, SMALL, inputs.settings
+    plain, both = (attention.self_attention(*given, marginal=marginal) for marginal in (None, lambda read: 2 * read))
     return plain, both, sparsity.select(inputs)
 
 

@@ -84,7 +84,7 @@ def test_diffusers_model_agrees(diffusers_run, capsys):
     [
         ("patch_embedding.kernel", None, "call 0 patch embedding"),
         ("blocks.ffn.down.kernel", 1, "call 0 block 1"),
-        ("blocks.self_attention.v.bias", 2, "call 0 block 2"),
+        ("blocks.self_attention.qkv.bias", 2, "call 0 block 2"),
         ("head.linear.kernel", None, "call 0 velocity"),
     ],
 )

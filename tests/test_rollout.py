@@ -53,19 +53,19 @@ def one_pass(model, x, timestep, text, lengths, settings):
         angles = [rope.angles(jnp.int32(p), 1, grid.rows, grid.columns, head_dim) for p in positions]
         return rope.rotate(of(tokens, numbers), jnp.concatenate(angles))
 
-    def attend(q, k, v):
-        out = []
+    def attend(own, qkv):
+        q, _, new = own.queries_keys(qkv, None, grid, pool=False)  # not rotated yet
+        k, v, out = new.k, new.v, []
         for own, seen, position in views(lengths, settings):
             logits = jnp.einsum("bqhe,bkhe->bhqk", at(q, own, position[-len(own) :]), at(k, seen, position)) / np.sqrt(head_dim)
             out.append(jnp.einsum("bhqk,bkhe->bqhe", jax.nn.softmax(logits, axis=-1), of(v, seen)))
-        return jnp.concatenate(out, axis=1), kv.ChunkKV(k, v, None)
+        return jnp.concatenate(out, axis=1), new
 
     time, modulation = dit.embed_time(model, jnp.broadcast_to(timestep, (b, frames)))
     tokens = dit.patchify(model, x)
-    unrotated = jnp.zeros((tokens.shape[1], head_dim // 2))
     for i in range(model.config.layers):
         block = jax.tree.map(lambda a, i=i: a[i], model.blocks)
-        tokens, _ = block(tokens, modulation, unrotated, text.k[i], text.v[i], attend)
+        tokens, _ = block(tokens, modulation, text.k[i], text.v[i], attend)
     return dit.unpatchify(model, model.head(tokens, time), grid)
 
 
@@ -265,7 +265,7 @@ def test_gradient_through_a_chunk():
     value, (weights, on_x) = quick(jax.value_and_grad(loss, argnums=(0, 1)))(MODEL, x)
     assert type(weights) is type(MODEL)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(weights))
-    assert float(jnp.abs(weights.blocks.self_attention.v.kernel[...]).max()) > 0
+    assert float(jnp.abs(weights.blocks.self_attention.qkv.kernel[:, 2]).max()) > 0
     way = draw(*x.shape, seed=6)
     numeric = (quick(loss)(MODEL, x + 1e-2 * way) - quick(loss)(MODEL, x - 1e-2 * way)) / 2e-2
     assert float(jnp.vdot(on_x, way)) == pytest.approx(float(numeric), rel=2e-2)

@@ -72,7 +72,7 @@ class Blocks:
     @staticmethod
     def loss(network: dict[str, nnx.Module]) -> jax.Array:
         blocks = network["dit"].blocks
-        return jnp.mean(blocks.self_attention.q.kernel[...] ** 2) + jnp.mean(blocks.ffn.up.kernel[...] ** 2)
+        return jnp.mean(blocks.self_attention.qkv.kernel[:, 0] ** 2) + jnp.mean(blocks.ffn.up.kernel[...] ** 2)
 
     def gradients(self, name, trained, frozen, batch, key, config):
         value, gradient = jax.value_and_grad(self.loss)(trained[name])

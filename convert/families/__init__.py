@@ -9,8 +9,9 @@ A table is a module of this package with
 and perhaps with
 
     BRANCH                         the dictionary that export puts the tensors in, in a file of torch
-    prepare(tensors)               what comes before the names: dequantisation
+    prepare(tensors)               what comes before the names
     restore(tensors)               its inverse
+    FORMS                          of a transformer's linear layers (`Model.linears`) that `rules` knows; else "full" alone
 """
 
 import dataclasses
@@ -62,7 +63,11 @@ FAMILIES: dict[str, Family] = {
         (Part("diffusers_wan", ("transformer",)), Part("diffusers_vae", ("vae",)), Part("hf_umt5", ("text_encoder",))),
         preset="wan_1_3b",
     ),
-    "lightx2v_fp8": Family("LightX2V's float8 transformer, dequantised", (Part("lightx2v_fp8"),), preset="self_forcing_1_3b"),
+    "lightx2v_fp8": Family(
+        "LightX2V's float8 transformer, bit by bit",
+        (Part("lightx2v_fp8", fields={"linears": "fp8"}),),
+        preset="self_forcing_1_3b",
+    ),
     "wan_vae": Family("Wan2.1_VAE.pth", (Part("wan_vae", ("Wan2.1_VAE.pth",)),)),
     "light_vae": Family("LightVAE: the Wan VAE at a quarter of its width", (Part("wan_vae"),)),
     "taehv": Family("TAEHV, taew2_1", (Part("taehv"),)),

@@ -5,7 +5,7 @@ from typing import Any
 
 from convert.families.wan import dimensions, linear
 from convert.rules import Rule, Shape
-from convert.transforms import PATCH, ones
+from convert.transforms import PATCH, SAME, ones
 from lf_jax.config import Model
 
 COMPONENT = "dit"
@@ -38,7 +38,9 @@ def rules(part: Model) -> tuple[Rule, ...]:
         *linear(embedder + ".{p:linear_1=up|linear_2=down}", "{e}.{p}"),
         *linear("condition_embedder.time_proj", "time_projection"),
         Rule("blocks.{layer}.scale_shift_table", "blocks.modulation", ones(1)),
-        *linear(attention + ".{p:to_q=q|to_k=k|to_v=v|to_out.0=o}", "blocks.{a}.{p}"),
+        *linear("blocks.{layer}.attn1.{part:to_q=0|to_k=1|to_v=2}", "blocks.self_attention.qkv", SAME),
+        *linear("blocks.{layer}.attn1.to_out.0", "blocks.self_attention.o"),
+        *linear("blocks.{layer}.attn2.{p:to_q=q|to_k=k|to_v=v|to_out.0=o}", "blocks.cross_attention.{p}"),
         Rule(attention + ".{n:norm_q|norm_k}.weight", "blocks.{a}.{n}.scale"),
         Rule("blocks.{layer}.norm2.weight", "blocks.cross_norm.scale"),
         Rule("blocks.{layer}.norm2.bias", "blocks.cross_norm.bias"),

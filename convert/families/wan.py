@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.rules import Rule, Shape
-from convert.transforms import LINEAR, PATCH, Transform, ones
+from convert.transforms import LINEAR, PATCH, SAME, Transform, ones
 from lf_jax.config import Model, check
 
 COMPONENT = "dit"
@@ -70,18 +70,30 @@ def linear(source: str, target: str, kernel: Transform = LINEAR) -> tuple[Rule, 
     return Rule(f"{source}.weight", f"{target}.kernel", kernel), Rule(f"{source}.bias", f"{target}.bias")
 
 
+# Source, target and transform of the weights of the linear layers in the blocks; what quantised files quantise.
+LINEARS = (
+    ("blocks.{layer}.self_attn.{part:q=0|k=1|v=2}", "blocks.self_attention.qkv", SAME),
+    ("blocks.{layer}.self_attn.o", "blocks.self_attention.o", LINEAR),
+    ("blocks.{layer}.cross_attn.{p:q|k|v|o}", "blocks.cross_attention.{p}", LINEAR),
+    ("blocks.{layer}.ffn.{p:0=up|2=down}", "blocks.ffn.{p}", LINEAR),
+)
+
+
 def rules(part: Model) -> tuple[Rule, ...]:
+    return (*rest(part), *(rule for layer in LINEARS for rule in linear(*layer)))
+
+
+def rest(part: Model) -> tuple[Rule, ...]:
+    """All but `LINEARS`."""
     attention = "blocks.{layer}.{a:self_attn=self_attention|cross_attn=cross_attention}"
     return (
         *linear("patch_embedding", "patch_embedding", PATCH(part.patch)),
         *linear("{e:text_embedding|time_embedding}.{p:0=up|2=down}", "{e}.{p}"),
         *linear("time_projection.1", "time_projection"),
         Rule("blocks.{layer}.modulation", "blocks.modulation", ones(1)),
-        *linear(attention + ".{p:q|k|v|o}", "blocks.{a}.{p}"),
         Rule(attention + ".{n:norm_q|norm_k}.weight", "blocks.{a}.{n}.scale"),
         Rule("blocks.{layer}.norm3.weight", "blocks.cross_norm.scale"),
         Rule("blocks.{layer}.norm3.bias", "blocks.cross_norm.bias"),
-        *linear("blocks.{layer}.ffn.{p:0=up|2=down}", "blocks.ffn.{p}"),
         *(linear("blocks.{layer}.self_attn.proj_l", "blocks.marginal") if part.linear_branch else ()),
         Rule("head.modulation", "head.modulation", ones(1)),
         *linear("head.head", "head.linear"),

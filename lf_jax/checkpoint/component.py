@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lf_jax import vae
+from lf_jax import quant, vae
 from lf_jax.arrays import Array
 from lf_jax.checkpoint import tensorfile
 from lf_jax.checkpoint.replace import replaced_file, replaced_folder
@@ -106,7 +106,7 @@ def finish_component(folder: pathlib.Path, name: str, part: Part, *, family: str
 
 
 def load_component(
-    folder: str | os.PathLike, name: str, *, dtype: str | None = None, sharding: Any = None
+    folder: str | os.PathLike, name: str, *, dtype: str | None = None, linears: str | None = None, sharding: Any = None
 ) -> tuple[Part, nnx.Module]:
     """A component of a converted folder, on the default device or as `sharding` says.
 
@@ -114,21 +114,29 @@ def load_component(
         name: "dit", "vae" or "text".
         dtype: of the module, in place of the one it was converted with. Each parameter takes the dtype that the
             module gives it, whatever the file holds.
+        linears: of a transformer, the form of its linear layers, in place of the one that is stored: they are quantised, or
+            multiplied out, while they load.
 
     Raises:
         ValueError: if the folder is not a converted one, lacks the component, was written in another format, is
             truncated, or holds parameters that do not fit the config beside them.
     """
-    part = load_part(folder, name)
-    part = part if dtype is None else dataclasses.replace(part, dtype=dtype)
-    module, place = abstract(part), pathlib.Path(folder) / name
-    wanted, file = flatten(module), _open(place, part)
+    part, place = load_part(folder, name), pathlib.Path(folder) / name
+    file, kept = _open(place, part), flatten(abstract(part))
+    changes = {key: value for key, value in (("dtype", dtype), ("linears", linears)) if value is not None}
+    part = dataclasses.replace(part, **changes)
+    module = abstract(part)
+    wanted = flatten(module)
     if file is None:
-        return part, build(module, _load_orbax(place / ORBAX, wanted, sharding))
+        like = {key: wanted.get(key, leaf) for key, leaf in kept.items()}
+        loaded = _load_orbax(place / ORBAX, like, sharding)
 
-    def load(key: str) -> Array:  # from the file's pages straight to the device
-        placed = jax.device_put(file.view(key), sharding, may_alias=False)
-        return placed.astype(wanted[key].dtype).block_until_ready()
+    def read(key: str) -> Array:  # from the file's pages straight to the device
+        return loaded[key] if file is None else jax.device_put(file.view(key), sharding, may_alias=False)
+
+    def load(key: str) -> Array:
+        array = read(key) if key in kept else quant.of_other_form(key, read)
+        return array.astype(wanted[key].dtype).block_until_ready()
 
     with ThreadPoolExecutor(READERS) as pool:  # so that at most a few are on the device in both dtypes
         return part, build(module, dict(zip(wanted, pool.map(load, wanted), strict=True)))

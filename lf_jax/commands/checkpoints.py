@@ -1,4 +1,4 @@
-"""`lf-jax convert` and `lf-jax export`."""
+"""`lf-jax convert`, `lf-jax quantise` and `lf-jax export`."""
 
 import dataclasses
 import pathlib
@@ -68,6 +68,29 @@ class Convert:
             note(f"{self.target} has no {' and no '.join(missing)} yet")
         for path in written.values():
             print(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantise:
+    """Store the transformer of a converted folder with the linear layers of its blocks in float8 (e4m3).
+
+    The numbers are those of LightX2V's files: one scale for every output channel. Without this command,
+    `--model.linears fp8` does the same whenever a folder is loaded.
+
+    Example: lf-jax quantise DIR DIR-fp8
+    """
+
+    source: Source  # converted folder
+    target: Target  # folder for the transformer and its settings; made if it is absent
+    overwrite: bool = False  # replace the transformer that TARGET has already; TARGET may be SOURCE
+
+    def run(self) -> None:
+        there = self.target / "dit"
+        check(self.overwrite or not there.exists(), f"{there} is there already; --overwrite replaces it")
+        settings, notes = checkpoint.load_config(self.source), checkpoint.load_notes(self.source, "dit")
+        part, model = checkpoint.load_component(self.source, "dit", linears="fp8")
+        print(checkpoint.save_component(self.target, "dit", part, model, family=notes["family"]))
+        checkpoint.save_settings(self.target, settings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,21 +8,24 @@ empty cache.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from lf_jax import attention, config, rope
+from lf_jax import attention, config, quant, rope
 from lf_jax.arrays import Array, Float, Leaf
 from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.config import check
-from lf_jax.dit.block import Block, modulate
+from lf_jax.dit.block import Block, SelfAttention, Turn
 from lf_jax.layers import Linear, Mlp, sinusoid
 from lf_jax.sparsity import Budget, timeline
 from lf_jax.tokens import Grid
+from pallas_kernels import fused
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
@@ -46,7 +49,7 @@ class Head(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"], time: Float[Array, "b f d"]) -> Float[Array, "b t patch"]:
         shift, scale = self.modulation[...].astype(jnp.float32)[:, None, None] + time
-        return self.linear(modulate(x, shift, scale, self.eps))
+        return self.linear(fused.norm_modulate(x, shift, scale, eps=self.eps))
 
 
 class WanDiT(nnx.Module):
@@ -84,21 +87,58 @@ def text_cache(model: WanDiT, embeddings: Float[Array, "b n text_dim"]) -> TextC
     check(width == settings.text_dim, f"embeddings are {width} wide, expected {settings.text_dim=}")
     padded = jnp.pad(embeddings, ((0, 0), (0, settings.text_len - rows), (0, 0)))
     text = model.text_embedding(padded.astype(config.dtype_of(settings)))
-    k, v = jax.vmap(lambda block: block.cross_attention.keys_values(text))(model.blocks)
-    return TextCache(k, v)
+
+    def layer(text: Array, index: Array, block: Block) -> tuple[Array, TextCache]:
+        return text, TextCache(*block.cross_attention.keys_values(block.rows(text)))
+
+    return over_layers(model, layer, text)[1]
+
+
+def over_layers(model: WanDiT, layer: Callable, carry: Any, *inputs: Any, remat: bool = False) -> tuple[Any, Any]:
+    """`layer(carry, index, block, *inputs) -> (carry, result)` from block to block, as one scan; all results, stacked.
+
+    A scan copies what it hands to a step out of its stack. Quantised layers are not handed over: their kernel gets the
+    whole stack, and the index of the layer.
+
+    Args:
+        inputs: with a leading [layer] axis.
+        remat: as in `forward`.
+    """
+    parts, tree = jax.tree.flatten(model.blocks, is_leaf=lambda part: isinstance(part, quant.Linear))
+    stacks = {at: part for at, part in enumerate(parts) if isinstance(part, quant.Linear)}
+
+    def step(state: tuple[Array, Any], given: tuple) -> tuple[tuple[Array, Any], Any]:
+        (index, carry), (sliced, inputs) = state, given
+        mine = [partial(stacks[at], layer=index) if at in stacks else part for at, part in enumerate(sliced)]
+        carry, result = layer(carry, index, jax.tree.unflatten(tree, mine), *inputs)
+        return (index + 1, carry), result
+
+    sliced = [None if at in stacks else part for at, part in enumerate(parts)]
+    body = jax.checkpoint(step, prevent_cse=False) if remat else step  # a scan shares nothing between its steps
+    (_, carry), results = jax.lax.scan(body, (jnp.int32(0), carry), (sliced, inputs))
+    return carry, results
 
 
 def embed_time(model: WanDiT, timestep: Float[Array, "b f"]) -> tuple[Float[Array, "b f d"], Float[Array, "b f 6 d"]]:
     """The time embedding of every frame, for the head, and its projection, for the blocks; float32."""
-    time = model.time_embedding(sinusoid(timestep, model.config.freq_dim), jax.nn.silu)
-    return time, rearrange(model.time_projection(jax.nn.silu(time)), "b f (six d) -> b f six d", six=6)
+    with jax.named_scope("embed"):
+        time = model.time_embedding(sinusoid(timestep, model.config.freq_dim), jax.nn.silu)
+        return time, rearrange(model.time_projection(jax.nn.silu(time)), "b f (six d) -> b f six d", six=6)
+
+
+def turns(model: WanDiT, cache: KVCache, frames: int, grid: Grid) -> Turn:
+    """How the queries and keys of the `frames` frames that follow the cached ones are rotated, the same in all layers."""
+    with jax.named_scope("embed"):
+        angles = rope.angles(cache.end, frames, grid.rows, grid.columns, model.config.head_dim)
+        return jnp.cos(angles), jnp.sin(angles)
 
 
 def patchify(model: WanDiT, x: Float[Array, "b f h w c"]) -> Float[Array, "b t d"]:
     """One token a patch: frames in order, each frame row by row."""
     _, down, across = model.config.patch
-    patches = rearrange(x, "b f (h p) (w q) c -> b (f h w) (p q c)", p=down, q=across)
-    return model.patch_embedding(patches.astype(config.dtype_of(model.config)))
+    with jax.named_scope("embed"):
+        patches = rearrange(x, "b f (h p) (w q) c -> b (f h w) (p q c)", p=down, q=across)
+        return model.patch_embedding(patches.astype(config.dtype_of(model.config)))
 
 
 def unpatchify(model: WanDiT, x: Float[Array, "b t patch"], grid: Grid) -> Float[Array, "b f h w c"]:
@@ -139,20 +179,19 @@ def forward(
     size = (grid.rows * down, grid.columns * across)
     check((height, width) == size, f"x has frames of {(height, width)}, expected {size} for {grid=} and {settings.patch=}")
     time, modulation = embed_time(model, timestep)
-    angles = rope.angles(cache.end, frames, grid.rows, grid.columns, settings.head_dim)
+    turn = turns(model, cache, frames, grid)
     order = None if sparsity.dense else timeline(cache, frames, grid)
 
-    def layer(tokens: Array, inputs: tuple[Block, Array, Array, Array]) -> tuple[Array, ChunkKV]:
-        block, text_k, text_v, index = inputs
+    def layer(tokens: Array, index: Array, block: Block, text: TextCache) -> tuple[Array, ChunkKV]:
+        def attend(own: SelfAttention, qkv: Array) -> tuple[Array, ChunkKV]:
+            with jax.named_scope("norm_rope"):
+                q, means, new = own.queries_keys(qkv, turn, grid, pool=not sparsity.dense)
+            given = cache, index, order, budget, grid, sparsity
+            return attention.self_attention(q, new, *given, means=means, marginal=block.marginal), new
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, ChunkKV]:
-            return attention.self_attention(q, k, v, cache, index, order, budget, grid, sparsity, block.marginal)
+        return block(tokens, modulation, text.k, text.v, attend)
 
-        return block(tokens, modulation, angles, text_k, text_v, attend)
-
-    layers = (model.blocks, text.k, text.v, jnp.arange(settings.layers))
-    body = jax.checkpoint(layer, prevent_cse=False) if remat else layer  # a scan shares nothing between its steps
-    tokens, new = jax.lax.scan(body, patchify(model, x), layers)
+    tokens, new = over_layers(model, layer, patchify(model, x), text, remat=remat)
     with jax.named_scope("head"):
         velocity = unpatchify(model, model.head(tokens, time), grid)
     return velocity.astype(x.dtype), new

@@ -7,14 +7,14 @@ blocks with attention over everything visible, and lets every policy choose from
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from lf_jax import attention, config, rope, sparsity
+from lf_jax import attention, config, sparsity
 from lf_jax.arrays import Array, Float
 from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.dit import TextCache, WanDiT
-from lf_jax.dit.model import embed_time, patchify
+from lf_jax.dit.block import Block, SelfAttention
+from lf_jax.dit.model import embed_time, over_layers, patchify, turns
 from lf_jax.sparsity.baselines import attention_mass
 from lf_jax.tokens import Grid
 from pallas_kernels import BlockMap
@@ -48,27 +48,25 @@ def read(
         full: the policy "full": it goes through the cache of the sparse ones.
     """
     _, modulation = embed_time(model, timestep)
-    angles = rope.angles(cache.end, x.shape[1], grid.rows, grid.columns, model.config.head_dim)
-    time = sparsity.timeline(cache, x.shape[1], grid)
+    turn, time = turns(model, cache, x.shape[1], grid), sparsity.timeline(cache, x.shape[1], grid)
 
-    def layer(tokens: Array, inputs: tuple) -> tuple[Array, list[Reading]]:
-        block, text_k, text_v, index = inputs
+    def layer(tokens: Array, index: Array, block: Block, text: TextCache) -> tuple[Array, list[Reading]]:
         readings = []
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, ChunkKV]:
-            out, new = attention.self_attention(q, k, v, cache, index, time, budget, grid, full)
-            given = sparsity.Inputs(q, new, cache, index, time, budget, grid, full)
+        def attend(own: SelfAttention, qkv: Array) -> tuple[Array, ChunkKV]:
+            q, means, new = own.queries_keys(qkv, turn, grid, pool=True)
+            out = attention.self_attention(q, new, cache, index, time, budget, grid, full, means)
+            given = sparsity.Inputs(q, new, cache, index, time, budget, grid, full, means)
             mass = attention_mass(given)
             for settings, allowed in zip(policies, budgets, strict=True):
                 chosen = sparsity.select(dataclasses.replace(given, budget=allowed, settings=settings))
                 readings.append(_reading(chosen, mass, time))
             return out, new
 
-        tokens, _ = block(tokens, modulation, angles, text_k, text_v, attend)
+        tokens, _ = block(tokens, modulation, text.k, text.v, attend)
         return tokens, readings
 
-    layers = (model.blocks, text.k, text.v, jnp.arange(model.config.layers))
-    _, readings = jax.lax.scan(layer, patchify(model, x), layers)
+    _, readings = over_layers(model, layer, patchify(model, x), text)
     return tuple(readings)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lf_jax.arrays import Array, Float, Int
-from lf_jax.sparsity.select import Inputs, best_blocks, pool_queries, visible_tokens
+from lf_jax.sparsity.select import Inputs, best_blocks, mean_queries, visible_tokens
 from pallas_kernels import BlockMap
 
 MEMBERS = 4  # blocks of a cluster, on average
@@ -27,7 +27,7 @@ def svg2(inputs: Inputs) -> BlockMap:
     time, grid, e = inputs.time, inputs.grid, inputs.q.shape[-1]
     blocks, past = time.blocks.size, time.past * time.frame_blocks
     keys = jnp.moveaxis(inputs.of_layer("pooled")[:, time.blocks], 2, 1)
-    queries = jnp.moveaxis(pool_queries(inputs.q, grid.block_q, inputs.settings.selection), 2, 1)
+    queries = jnp.moveaxis(mean_queries(inputs), 2, 1)
     live = visible_tokens(inputs)
     tokens = np.minimum(grid.block_q, inputs.q.shape[1] - np.arange(queries.shape[2]) * grid.block_q).astype(np.float32)
 

@@ -47,7 +47,7 @@ class Timeline:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["q", "new", "cache", "layer", "time", "budget"],
+    data_fields=["q", "new", "cache", "layer", "time", "budget", "means"],
     meta_fields=["grid", "settings"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Inputs:
     budget: Budget
     grid: Grid
     settings: config.Sparsity
+    means: Leaf = None  # [b, query_block, head, head_dim] float32: the mean query of every block, where it is known already
 
     def of_layer(self, name: str) -> Array:
         """The "k", "v" or "pooled" of the layer, [b, .., head, head_dim]: of the cache, then of the chunk, as blocks count."""
@@ -109,11 +110,18 @@ def pool_queries(
     return selection.block_means(q, [block_q] * whole + [rest] * (rest > 0), block_q, implementation=implementation)
 
 
+def mean_queries(inputs: Inputs) -> Float[Array, "b query_block head e"]:
+    """The mean query of every query block, in float32."""
+    if inputs.means is not None:
+        return inputs.means
+    return pool_queries(inputs.q, inputs.grid.block_q, inputs.settings.selection)
+
+
 def block_scores(inputs: Inputs) -> Float[Array, "b head query_block key_block"]:
     """Mean query . mean key, in float32 without scale or softmax; key blocks in the order of `inputs.time`."""
     cache, slots = inputs.cache, inputs.cache.frames
     return selection.block_scores(
-        pool_queries(inputs.q, inputs.grid.block_q, inputs.settings.selection),
+        mean_queries(inputs),
         inputs.new.pooled,
         inputs.time.blocks,
         past=cache.pooled if slots else None,

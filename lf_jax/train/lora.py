@@ -21,27 +21,24 @@ from lf_jax.config import check
 from lf_jax.train.config import Lora
 
 _LAYER = re.compile(r"(?:.*\.)?blocks\.((?:self_attention|cross_attention)\.[qkvo]|ffn\.(?:up|down))")
-_KERNEL = ".kernel"
+_KERNEL, _JOINED, _PARTS = ".kernel", "self_attention.qkv", "qkv"
 _THEIRS = {"self_attention": "self_attn", "cross_attention": "cross_attn", "up": "0", "down": "2"}  # words of Wan's names
 
 
 def adapted(network: Any) -> list[str]:
-    """The dotted names of the linear layers that get adapters, without `.kernel`.
+    """The dotted names of the linear layers that get adapters; of q, k and v also where they are joined in one kernel.
 
     Raises:
         ValueError: if there are none.
     """
-    names = [name.removesuffix(_KERNEL) for name in flatten(network) if name.endswith(_KERNEL)]
-    found = [name for name in names if _LAYER.fullmatch(name)]
-    check(bool(found), f"lora needs the blocks of a diffusion transformer; the network has only {', '.join(names)}")
-    return found
+    return list(_kernels(network))
 
 
 def create(network: Any, settings: Lora, key: Key[Array, ""]) -> dict[str, Array]:
     """Adapters that change nothing yet: `NAME.a` [layer, in, rank], as peft draws it; `NAME.b` [layer, rank, out], zero."""
-    kernels, adapters = flatten(network), {}
-    for index, name in enumerate(adapted(network)):
-        layers, inputs, outputs = kernels[name + _KERNEL].shape
+    adapters = {}
+    for index, (name, (_, _, shape)) in enumerate(_kernels(network).items()):
+        layers, inputs, outputs = shape
         limit = 1 / math.sqrt(inputs)
         draw = jax.random.uniform(jax.random.fold_in(key, index), (layers, inputs, settings.rank), jnp.float32, -limit, limit)
         adapters |= {f"{name}.a": draw, f"{name}.b": jnp.zeros((layers, settings.rank, outputs), jnp.float32)}
@@ -51,10 +48,29 @@ def create(network: Any, settings: Lora, key: Key[Array, ""]) -> dict[str, Array
 def merge(network: Any, adapters: Mapping[str, Array], settings: Lora) -> Any:
     """`network` with the adapters added; the adapted kernels become float32."""
     arrays = flatten(network)
-    for name in (name.removesuffix(".a") for name in adapters if name.endswith(".a")):
+    for name, (kernel, part, _) in _kernels(network).items():
         update = settings.scale * (adapters[f"{name}.a"] @ adapters[f"{name}.b"])
-        arrays[name + _KERNEL] = arrays[name + _KERNEL].astype(jnp.float32) + update
+        whole = arrays[kernel].astype(jnp.float32)
+        arrays[kernel] = whole + update if part is None else whole.at[:, part].add(update.swapaxes(1, 2))
     return build(network, arrays)
+
+
+def _kernels(network: Any) -> dict[str, tuple[str, int | None, tuple[int, int, int]]]:
+    """Of every adapted layer the kernel that holds it, its part of a joined one [layer, part, out, in], and its own shape."""
+    found, names = {}, []
+    for kernel, array in flatten(network).items():
+        if not kernel.endswith(_KERNEL):
+            continue
+        name = kernel.removesuffix(_KERNEL)
+        names.append(name)
+        if name.endswith(_JOINED):
+            layers, _, outputs, inputs = array.shape
+            front = name.removesuffix(_PARTS)
+            found |= {front + letter: (kernel, part, (layers, inputs, outputs)) for part, letter in enumerate(_PARTS)}
+        elif _LAYER.fullmatch(name):
+            found[name] = (kernel, None, array.shape)
+    check(bool(found), f"lora needs the blocks of a diffusion transformer; the network has only {', '.join(names)}")
+    return found
 
 
 def save(path: str | os.PathLike, adapters: Mapping[str, Array], settings: Lora) -> None:

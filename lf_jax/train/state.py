@@ -45,8 +45,10 @@ def begin(train: Train, networks: Networks, devices: jax.sharding.Mesh) -> tuple
     """The state before the first step, on its devices; copies, so that it can be donated.
 
     Raises:
-        ValueError: if `optimizers` and the networks have different names, or there is nothing to adapt.
+        ValueError: if `optimizers` and the networks have different names, there is nothing to adapt, or a network is quantised.
     """
+    coarse = [name for name, leaf in flatten((networks.trained, networks.frozen)).items() if leaf.dtype.itemsize == 1]
+    check(not coarse, f"{', '.join(coarse[:3])} are quantised: training needs model.linears='full'")
     names = sorted(networks.trained)
     check(
         names == sorted(train.optimizers),

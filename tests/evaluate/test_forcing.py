@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from tiny_rollout import change, draw, make_keys, make_model, make_text
 
-from lf_jax import flow, rope, solvers, sparsity
-from lf_jax.attention import chunk_kv
-from lf_jax.dit.model import embed_time, patchify
+from lf_jax import flow, solvers, sparsity
+from lf_jax.dit.model import embed_time, patchify, turns
 from lf_jax.evaluate import forcing
 from lf_jax.evaluate.policies import with_policy
 from lf_jax.inputs import video_chunks
@@ -111,14 +110,13 @@ def test_recall_is_the_share_of_the_softmax_in_the_chosen_blocks(model, text, la
                                (sparse.sparsity,))  # fmt: skip
 
     _, modulation = embed_time(model, jnp.broadcast_to(times, (1, 3)))
-    angles = rope.angles(cache.end, 3, grid.rows, grid.columns, model.config.head_dim)
     tokens, time = patchify(model, noisy[0]), sparsity.timeline(cache, 3, grid)
     live = np.tile(np.arange(grid.padded_frame) < grid.frame_tokens, 9)
     for layer in range(2):
         seen = {}
 
-        def attend(q, k, v, layer=layer, seen=seen):
-            new = chunk_kv(k, v, grid, pool=True)
+        def attend(own, qkv, layer=layer, seen=seen):
+            q, _, new = own.queries_keys(qkv, turns(model, cache, 3, grid), grid, pool=True)
             keys = np.concatenate([cache.k[layer, :, : 6 * grid.padded_frame], new.k], axis=1)[0]
             values = np.concatenate([cache.v[layer, :, : 6 * grid.padded_frame], new.v], axis=1)[0]
             logits = np.einsum("the,she->hts", q[0], keys) / np.sqrt(q.shape[-1])
@@ -130,7 +128,7 @@ def test_recall_is_the_share_of_the_softmax_in_the_chosen_blocks(model, text, la
             return jnp.einsum("hts,she->the", weights, values)[None].astype(q.dtype), new
 
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
-        tokens, _ = block(tokens, modulation, angles, text.k[layer], text.v[layer], attend)
+        tokens, _ = block(tokens, modulation, text.k[layer], text.v[layer], attend)
         cached, chosen = cache.frames * grid.frame_blocks, seen["chosen"]
         for head in range(2):
             for row in range(grid.query_blocks(3)):

@@ -178,7 +178,7 @@ def test_adapters_are_merged_into_the_model(base, tmp_path):
     (_, before), (_, after) = (checkpoint.load_component(folder, "dit") for folder in (base, tmp_path / "model"))
     before, after = checkpoint.flatten(before), checkpoint.flatten(after)
     changed = {name for name in before if (before[name] != after[name]).any()}
-    assert changed == {"blocks.self_attention.q.kernel", "blocks.ffn.up.kernel"}
+    assert changed == {"blocks.self_attention.qkv.kernel", "blocks.ffn.up.kernel"}
     file = checkpoint.tensorfile.TensorFile(tmp_path / "lora.safetensors")
     a, b = (file.read(f"base_model.model.blocks.1.ffn.0.lora_{f}.weight") for f in "AB")
     np.testing.assert_allclose(after["blocks.ffn.up.kernel"][1], before["blocks.ffn.up.kernel"][1] + 2 * (b @ a).T, atol=1e-6)

@@ -19,6 +19,10 @@ def adapters(settings: Lora) -> dict[str, jax.Array]:
     return {name: jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, (name, x) in enumerate(fresh.items())}
 
 
+def pairs(factors: dict[str, jax.Array]):
+    return [(name.removesuffix(".a"), a) for name, a in factors.items() if name.endswith(".a")]
+
+
 def test_every_linear_layer_of_the_blocks_is_adapted():
     attentions = [f"dit.blocks.{a}_attention.{p}" for a in ("self", "cross") for p in "qkvo"]
     assert sorted(lora.adapted(NETWORK)) == sorted([*attentions, "dit.blocks.ffn.up", "dit.blocks.ffn.down"])
@@ -45,9 +49,12 @@ def test_the_converter_merges_what_was_saved(alpha, tmp_path):
     _, found = checkpoint.load_component(tmp_path / "model", "dit")
     found, ours = checkpoint.flatten(found), checkpoint.flatten(lora.merge(NETWORK, factors, settings)["dit"])
     base, scale = checkpoint.flatten(NETWORK["dit"]), 1.0 if alpha is None else alpha / 4
+    updates = {layer: scale * np.asarray(a @ factors[layer + ".b"]) for layer, a in pairs(factors)}
     for name, array in found.items():
         layer = f"dit.{name.removesuffix('.kernel')}"
-        update = scale * np.asarray(factors[f"{layer}.a"]) @ np.asarray(factors[f"{layer}.b"]) if f"{layer}.a" in factors else 0
+        update = updates.get(layer, 0) if name.endswith(".kernel") else 0
+        if name == "blocks.self_attention.qkv.kernel":
+            update = np.stack([updates[f"dit.blocks.self_attention.{p}"].swapaxes(1, 2) for p in "qkv"], axis=1)
         np.testing.assert_allclose(array, base[name] + update, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(ours[name], array, rtol=1e-5, atol=1e-5)
 

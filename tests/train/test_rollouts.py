@@ -48,19 +48,21 @@ def single_pass(model, prompt, x, timestep, context, lengths, through):
     own, seen = (np.kron(mask, np.ones((grid.frame_tokens,) * 2, bool)) for mask in (own, seen))
     angles = jnp.concatenate([rope.angles(jnp.int32(i), 1, grid.rows, grid.columns, head_dim) for i in frame])
 
-    def attend(q, k, v):
+    def attend(layer, qkv):
+        q, _, new = layer.queries_keys(qkv, (jnp.cos(angles), jnp.sin(angles)), grid, pool=False)
+        k, v = new.k, new.v
         past_k, past_v = (k, v) if through else jax.lax.stop_gradient((k, v))
         logits = [jnp.einsum("bqhe,bkhe->bhqk", q, keys) / np.sqrt(head_dim) for keys in (past_k, k)]
         logits = jnp.where(seen, logits[0], jnp.where(own, logits[1], -jnp.inf))
         weights = jax.nn.softmax(logits, axis=-1)
         read = [jnp.einsum("bhqk,bkhe->bqhe", jnp.where(m, weights, 0), w) for m, w in ((seen, past_v), (own, v))]
-        return sum(read), kv.ChunkKV(k, v, None)
+        return sum(read), new
 
     time, modulation = dit.embed_time(model, timestep)
     tokens = dit.patchify(model, x)
     for i in range(model.config.layers):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks)
-        tokens, _ = block(tokens, modulation, angles, text.k[i], text.v[i], attend)
+        tokens, _ = block(tokens, modulation, text.k[i], text.v[i], attend)
     return dit.unpatchify(model, model.head(tokens, time), grid)[:, -f:]
 
 
