@@ -51,27 +51,26 @@ def convolve(
         eps: added to the mean square; goes with `scale`.
         upsample: first doubles rows and columns, by repeating them; goes without `past`, and with a side of 3.
         implementation: "hopper" (compute capability 9.0, bfloat16) or "xla" (any backend): a named one runs or raises. None
-            takes the first that can run the call, and is not slow at it.
+            takes the first that can run the call, and is not slow at it; under differentiation "xla", as the other has no
+            gradients.
 
     Returns:
         [b, f, h, w, out] in the dtype of `x`; [b, f, 2 h, 2 w, out] with `upsample`. Products are summed in float32.
-        Gradients are those of "xla".
 
     Raises:
         ValueError: for arguments that do not fit together, or an unknown implementation.
         NotImplementedError: if the named implementation cannot run this call, with the reason.
     """
     _check(x, kernel, bias, past, residual, scale, eps, upsample)
-    form = Form(upsample, scale is not None)
-    can = {name: choice.reason(x, kernel, form) for name, choice in IMPLEMENTATIONS.items()}
+    form, arrays = Form(upsample, scale is not None), (x, kernel, bias, past, residual, scale)
     if implementation is None:
-        implementation = next(
-            name for name, why in explain(x, kernel, upsample=upsample, norm=form.norm).items() if why is None
-        )
-    _require(implementation in can, f"implementation={implementation!r} must be one of {', '.join(can)}, or None")
-    if can[implementation] is not None:
-        raise NotImplementedError(f"convolution with implementation={implementation!r}: {can[implementation]}")
-    return _run(implementation, form, eps, x, kernel, bias, past, residual, scale)
+        chosen = explain(x, kernel, upsample=upsample, norm=form.norm)
+        return _run(next(name for name, why in chosen.items() if why is None), form, eps, *arrays)
+    _require(implementation in IMPLEMENTATIONS, f"{implementation=} must be one of {', '.join(IMPLEMENTATIONS)}, or None")
+    reason = IMPLEMENTATIONS[implementation].reason(x, kernel, form)
+    if reason is not None:
+        raise NotImplementedError(f"convolution with {implementation=}: {reason}")
+    return IMPLEMENTATIONS[implementation].run(*arrays, form, eps)
 
 
 def explain(x: Any, kernel: Any, *, upsample: bool = False, norm: bool = False) -> dict[str, str | None]:
@@ -90,12 +89,12 @@ def _run(name: str, form: Form, eps: float | None, *arrays: jax.Array | None) ->
     return IMPLEMENTATIONS[name].run(*arrays, form, eps)
 
 
-def _forward(name, form, eps, *arrays):
-    return _run(name, form, eps, *arrays), arrays
+def _forward(name: str, form: Form, eps: float | None, *arrays: jax.Array | None) -> tuple[jax.Array, Callable]:
+    return jax.vjp(lambda *arrays: xla.conv(*arrays, form, eps), *arrays)
 
 
-def _backward(name, form, eps, arrays, gradient):
-    return jax.vjp(lambda *arrays: xla.conv(*arrays, form, eps), *arrays)[1](gradient)
+def _backward(name: str, form: Form, eps: float | None, pull: Callable, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+    return pull(gradient)
 
 
 _run.defvjp(_forward, _backward)

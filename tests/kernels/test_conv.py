@@ -163,11 +163,11 @@ def test_layers_of_the_decoders_on_a_gpu(name):
 
 @pytest.mark.parametrize("name", ["norm and residual", "after an upsampling"])
 def test_gradients_are_those_of_xla(name, monkeypatch):
-    """Also where another implementation ran, which needs none of its own."""
+    """Also where another implementation would run, which needs none of its own."""
     case = CASES[name]
     arrays = arguments(case, "float32")
     form = Form(case.upsample, case.norm)
-    other = api.Implementation(lambda *call: None, lambda *call: None, lambda *call: jax.lax.stop_gradient(xla.conv(*call)))
+    other = api.Implementation(lambda *call: None, lambda *call: None, lambda *call: 2 * jax.lax.stop_gradient(xla.conv(*call)))
     monkeypatch.setitem(api.IMPLEMENTATIONS, "hopper", other)
 
     def loss(run, *arrays):
@@ -180,6 +180,7 @@ def test_gradients_are_those_of_xla(name, monkeypatch):
         eps = None if scale is None else EPS
         return convolve(x, kernel, bias, past=past, residual=residual, scale=scale, eps=eps, upsample=case.upsample)
 
+    np.testing.assert_array_equal(public(*arrays), 2 * xla.conv(*arrays, form, EPS))
     some = tuple(i for i, array in enumerate(arrays) if array is not None)
     for one, other in zip(gradients(public), gradients(lambda *a: xla.conv(*a, form, EPS)), strict=True):
         assert np.abs(other).max() > 0
