@@ -87,7 +87,9 @@ def generate(
             pixels, past = decode(autoencoder, given, past)
             yield Chunk(pixels, given, StreamState(start, past))
         for latents, done in rollout_chunks(model, text, None, start, config, left):
-            pixels, past = decode(autoencoder, latents, past)  # dispatched before the next chunk is
+            # Dispatched before the next chunk is. A device runs its programs one after the other, so what the next chunk
+            # hides is the work of the host: the copy to it, and the file.
+            pixels, past = decode(autoencoder, latents, past)
             yield Chunk(pixels, latents, StreamState(done, past))
 
     return chunks()
