@@ -85,17 +85,21 @@ def _decoders(settings: Config, batch: int) -> Programs:
 
 @contextlib.contextmanager
 def ahead(programs: Programs) -> Iterator[dict[str, Future[Built]]]:
-    """Compiles `programs`, all at a time, while the block runs, and has them done when it ends.
+    """Compiles `programs` while the block runs, and has them done when it ends: one is lowered at a time, which is Python's
+    work and no faster in threads, and all that are lowered are compiled at a time.
 
     Raises:
         whatever compiling one of them raises, at the end of the block.
     """
 
     def build(lower: Callable[[], jax.stages.Lowered]) -> Built:
-        before, start = hits[threading.get_ident()], time.perf_counter()
-        lower().compile()
+        with lowering:
+            before, start = hits[threading.get_ident()], time.perf_counter()
+            lowered = lower()
+        lowered.compile()
         return Built(time.perf_counter() - start, hits[threading.get_ident()] > before)
 
+    lowering = threading.Lock()
     with counted_hits() as hits, ThreadPoolExecutor(len(programs)) as pool:
         built = {name: pool.submit(build, lower) for name, lower in programs.items()}
         yield built
