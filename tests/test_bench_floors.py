@@ -28,11 +28,21 @@ def test_the_transformer_of_the_1_3b_model():
     assert last["cross-attention"].linear == 2 * last["output"].linear
     assert last["cross-attention"].other == 4 * 4608 * 512 * 1536 * launches
     assert last["attention"].other == 4 * 4608 * 51 * 64 * 1536 * launches  # the budget of the seventh chunk: 51 of 504 blocks
-    assert last["qkv"].bytes == 3 * 2 * (2 * 4608 * 1536 + 1536**2) * launches
+    assert last["qkv"].bytes == 2 * (4 * 4608 * 1536 + 3 * 1536**2) * launches
+    assert last["norm + rope"].bytes == 2 * 4 * 4608 * 1536 * launches
+    assert last["selection"].bytes == 4 * (72 + 504) * 1536 * launches
     assert last["copies"].bytes == 2 * 2 * 2 * 30 * 4608 * 1536
     rows = 5 * 3  # passes, frames
     embedded = 2 * 5 * 4608 * 64 * 1536 + 2 * rows * (256 * 1536 + 7 * 1536**2)
     assert last["embeddings"].linear == embedded
+
+
+def test_linear_layers_in_8_bits():
+    full = floors.transformer(LARGE)[-1]
+    eight = floors.transformer(dataclasses.replace(LARGE, model=dataclasses.replace(LARGE.model, linears="fp8")))[-1]
+    assert [name for name, work in eight.items() if work.eight_bits] == ["qkv", "output", "cross-attention", "ffn"]
+    assert all((full[name].linear, full[name].other) == (work.linear, work.other) for name, work in eight.items())
+    assert eight["output"].bytes == (3 * 4608 * 1536 + 1536**2) * 5 * 30
 
 
 def test_the_transformer_of_a_dense_model_reads_all_it_sees():

@@ -2,7 +2,8 @@
 
 A product of matrices costs 2 m n k FLOPs, reads both operands and writes its result once. What lies between products
 (activations, norms, residuals, modulation) can in principle be done on the way and costs nothing; norm + rope, which is a
-stage of its own, reads and writes what it changes once. Scores that only choose blocks are counted by their bytes.
+stage of its own, reads and writes what it changes once and makes the means of blocks on the way, which are all that selection
+reads.
 """
 
 import dataclasses
@@ -66,7 +67,7 @@ def _one_pass(settings: Config, frames: int, keys: Number, visible: int) -> dict
     grid, model, width = Grid.of(settings), settings.model, config.dtype_of(settings.model).itemsize
     t, d, layers = frames * grid.frame_tokens, model.dim, model.layers
     features = model.channels * model.patch[1] * model.patch[2]
-    eight_bits = getattr(model, "linears", "full") == "fp8"
+    eight_bits = model.linears == "fp8"
     stream = t * d * width  # bytes of one array of the tokens
 
     def full(rows: int, inputs: int, outputs: int) -> Work:
@@ -81,13 +82,13 @@ def _one_pass(settings: Config, frames: int, keys: Number, visible: int) -> dict
         return Work(0, 4 * t * read * d, 2 * stream + 2 * read * d * width)
 
     selects = not settings.sparsity.dense and settings.sparsity.policy not in POSITIONAL
-    means = 4 * visible * grid.frame_blocks * d  # float32
+    means = 4 * (grid.query_blocks(frames) + visible * grid.frame_blocks) * d  # float32, of queries and of keys
     time = full(frames, model.freq_dim, d) + full(frames, d, d) + full(frames, d, 6 * d)
     return {
         "embeddings": full(t, features, d) + time,
-        "qkv": linear(t, d, d) * 3 * layers,
+        "qkv": linear(t, d, 3 * d) * layers,
         "norm + rope": Work(bytes=4 * stream * layers),
-        "selection": Work(bytes=(2 * stream + means) * layers * selects),
+        "selection": Work(bytes=means * layers * selects),
         "attention": attention(keys) * layers,
         "output": linear(t, d, d) * layers,
         "cross-attention": (linear(t, d, d) * 2 + attention(model.text_len)) * layers,

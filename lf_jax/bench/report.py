@@ -78,7 +78,8 @@ def facts(config: Config) -> dict[str, Any]:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "timed": f"{config.video.num_frames} frames of {config.video.height}x{config.video.width}, batch 1, "
-        f"{config.sparsity.policy} attention, {config.model.dtype}, {config.vae.kind} VAE at base {config.vae.base}",
+        f"{config.sparsity.policy} attention, {config.model.dtype}, {config.model.linears} linears, "
+        f"{config.vae.kind} VAE at base {config.vae.base}",
     }
 
 
