@@ -14,25 +14,37 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from lf_jax import attention, bench, sparsity
+from lf_jax import attention, bench, rope, sparsity
 from lf_jax import cache as kv
 from lf_jax.arrays import Array
-from lf_jax.cache import KVCache
+from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.config import Config, check, dtype_of
+from lf_jax.dit.block import SelfAttention
 from lf_jax.tokens import Grid, chunk_lengths, latent_frames
 from pallas_kernels import BlockMap, Past, block_sparse_attention, platform, selection, timing
 from pallas_kernels.runs import Run
 
 LAYERS = 8  # at most, of a launch: 1.7 GB of cache at full size
+WITHOUT, WITH = "norms, rotation", "norms, rotation, means"
+
+
+class Made(NamedTuple):
+    """What stands between the projections of a layer and its attention."""
+
+    q: Array  # [b, t, head, head_dim], normalised and rotated
+    means: Array | None  # [b, query block, head, head_dim]
+    new: ChunkKV
 
 
 class Scene(NamedTuple):
-    """One chunk and all it sees. q, k, v and lists: one a layer."""
+    """One chunk and all it sees."""
 
-    q: list[Array]  # [b, t, head, head_dim]
-    k: list[Array]
-    v: list[Array]
+    own: SelfAttention  # of all layers
+    turn: tuple[Array, Array]  # cosines and sines of the chunk's tokens
+    qkv: list[Array]  # the projections of every layer: [b, t, 3 dim]
+    made: list[Made]  # of every layer
     lists: list[BlockMap]
     cache: KVCache
     time: sparsity.Timeline
@@ -41,17 +53,22 @@ class Scene(NamedTuple):
 
 
 # What is timed of a layer: (scene, number of the layer, grid, settings) -> arrays
+def _prepare(scene: Scene, layer: int, grid: Grid, settings: Config, pool: bool = True) -> Made:
+    """Normalises and rotates queries and keys; with the means that selection compares, or without."""
+    return Made(*scene.own.queries_keys(scene.qkv[layer], scene.turn, grid, pool))
+
+
 def _select(scene: Scene, layer: int, grid: Grid, settings: Config) -> BlockMap:
-    """From rotated queries and keys to lists: pools both, the keys also for the cache."""
-    new = attention.chunk_kv(scene.k[layer], scene.v[layer], grid, pool=True, implementation=settings.sparsity.selection)
+    """From means to lists."""
+    q, means, new = scene.made[layer]
     given = scene.cache, jnp.int32(layer), scene.time, scene.budget, grid, settings.sparsity
-    return sparsity.select(sparsity.Inputs(scene.q[layer], new, *given))
+    return sparsity.select(sparsity.Inputs(q, new, *given, means))
 
 
 def _attend(scene: Scene, layer: int, grid: Grid, settings: Config) -> Array:
-    new = attention.chunk_kv(scene.k[layer], scene.v[layer], grid, pool=False)
+    q, _, new = scene.made[layer]
     return block_sparse_attention(
-        scene.q[layer],
+        q,
         new.k,
         new.v,
         scene.lists[layer],
@@ -63,19 +80,19 @@ def _attend(scene: Scene, layer: int, grid: Grid, settings: Config) -> Array:
 
 
 def _both(scene: Scene, layer: int, grid: Grid, settings: Config) -> Array:
-    """As the network does it, but that there the means are made where queries and keys are normalised."""
-    new = attention.chunk_kv(scene.k[layer], scene.v[layer], grid, pool=True, implementation=settings.sparsity.selection)
+    """As the network calls them."""
+    q, means, new = scene.made[layer]
     given = scene.cache, jnp.int32(layer), scene.time, scene.budget, grid, settings.sparsity
-    return attention.self_attention(scene.q[layer], new, *given)
+    return attention.self_attention(q, new, *given, means=means)
 
 
 def _dense(scene: Scene, layer: int, grid: Grid, settings: Config) -> Array:
-    return attention.dense_attention(scene.q[layer], *scene.dense)
+    return attention.dense_attention(scene.made[layer].q, *scene.dense)
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))
 def _layers(piece: Callable, scene: Scene, grid: Grid, settings: Config) -> list:
-    return [piece(scene, layer, grid, settings) for layer in range(len(scene.q))]
+    return [piece(scene, layer, grid, settings) for layer in range(len(scene.qkv))]
 
 
 def scene(config: Config) -> Scene:
@@ -89,25 +106,33 @@ def scene(config: Config) -> Scene:
     model = dataclasses.replace(config.model, layers=min(LAYERS, config.model.layers))
     cache = kv.empty(model, grid, config.cache, sparse=True, batch=1, frames=sum(lengths) if len(lengths) > 1 else 0)
 
-    @partial(jax.jit, static_argnums=1)
-    def draw(key: Array, frames: int) -> list[Array]:
-        shape = (model.layers, frames * grid.frame_tokens, model.heads, model.head_dim)
-        return [jax.random.normal(part, shape, dtype_of(model)) for part in jax.random.split(key, 3)]
+    own = SelfAttention(model, rngs=nnx.Rngs(0))
 
-    @partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-    def commit(cache: KVCache, k: Array, v: Array, frames: int, following: int) -> KVCache:
-        new = attention.chunk_kv(k, v, grid, pool=True)  # layers in the place of a batch
+    @partial(jax.jit, static_argnums=1)
+    def draw(key: Array, frames: int) -> Array:
+        return jax.random.normal(key, (model.layers, frames * grid.frame_tokens, 3 * model.dim), dtype_of(model))
+
+    @partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
+    def commit(cache: KVCache, qkv: Array, frames: int, following: int) -> KVCache:
+        _, _, new = own.queries_keys(qkv, turn(cache, frames), grid, pool=True)  # layers in the place of a batch
         return kv.append(cache, jax.tree.map(lambda x: x[:, None], new), frames, following)
 
+    def turn(cache: KVCache, frames: int) -> tuple[Array, Array]:
+        angles = rope.angles(cache.end, frames, grid.rows, grid.columns, model.head_dim)
+        return jnp.cos(angles), jnp.sin(angles)
+
     for i, (now, following) in enumerate(zip(lengths, lengths[1:], strict=False)):
-        cache = commit(cache, *draw(jax.random.key(i), now)[1:], now, following)
-    q, k, v = ([x[layer : layer + 1] for layer in range(model.layers)] for x in draw(jax.random.key(-1), lengths[-1]))
+        cache = commit(cache, draw(jax.random.key(i), now), now, following)
+    drawn = draw(jax.random.key(-1), lengths[-1])
     order = sparsity.timeline(cache, lengths[-1], grid)
     budgets = sparsity.chunk_budgets(lengths, 0, grid, config.sparsity, config.cache)
     budget = sparsity.Budget(jnp.asarray(budgets.blocks[-1]), budgets.width)
-    dense = tuple(_in_sight(x, new, order, grid) for x, new in ((cache.k, k[0]), (cache.v, v[0])))
-    found = Scene(q, k, v, [], cache, order, budget, dense)
-    return found._replace(lists=_layers(_select, found, grid, config))
+    qkv = [drawn[layer : layer + 1] for layer in range(model.layers)]
+    found = Scene(own, turn(cache, lengths[-1]), qkv, [], [], cache, order, budget, ())
+    found = found._replace(made=_layers(_prepare, found, grid, config))
+    new = (attention.without_padding(x, grid) for x in (found.made[0].new.k, found.made[0].new.v))
+    dense = tuple(_in_sight(x, own, order, grid) for x, own in zip((cache.k, cache.v), new, strict=True))
+    return found._replace(lists=_layers(_select, found, grid, config), dense=dense)
 
 
 def _lengths(config: Config) -> tuple[int, ...]:
@@ -126,19 +151,23 @@ def _in_sight(cached: Array, new: Array, order: sparsity.Timeline, grid: Grid) -
 def measure(config: Config, repeats: int) -> bench.Report:
     """Times selection by every implementation that runs here, attention on its lists, both, and dense attention.
 
+    Selection begins where queries and keys are normalised and rotated, by a kernel that makes their means on the way: that
+    kernel is timed with and without.
+
     Raises:
         ValueError: as `scene`.
     """
     grid, case = Grid.of(config), scene(config)
     frames = case.time.blocks.size // grid.frame_blocks
-    pieces = {}
+    pieces = {WITHOUT: partial(_layers, partial(_prepare, pool=False), case, grid, config)}
+    pieces[WITH] = partial(_layers, _prepare, case, grid, config)
     for name, reason in selection.explain(config.model.head_dim, frames, grid.frame_blocks).items():
         if reason is None:
             named = dataclasses.replace(config, sparsity=dataclasses.replace(config.sparsity, selection=name))
             pieces[f"selection, {name}"] = partial(_layers, _select, case, grid, named)
     pieces["attention"] = partial(_layers, _attend, case, grid, config)
     pieces["selection + attention"] = partial(_layers, _both, case, grid, config)
-    dense = next(name for name, reason in attention.dense_implementations(case.q[0]).items() if reason is None)
+    dense = next(name for name, reason in attention.dense_implementations(case.made[0].q).items() if reason is None)
     pieces[f"dense, {dense}"] = partial(_layers, _dense, case, grid, config)
     first, runs = {}, {}
     for name, launch in pieces.items():
@@ -148,7 +177,7 @@ def measure(config: Config, repeats: int) -> bench.Report:
         runs[name] = Run(launch, jax.block_until_ready, None, "calls")
     chunk, rows = len(_lengths(config)) - 1, []
     for name, times in timing.bursts(runs, repeats).items():
-        per_layer = [ms / len(case.q) for ms in times]
+        per_layer = [ms / len(case.qkv) for ms in times]
         rows.append(bench.Row(name, chunk, first[name], statistics.median(per_layer), min(per_layer), max(per_layer)))
     return bench.Report(facts(config, case, rows, repeats), tuple(rows))
 
@@ -157,12 +186,15 @@ def facts(config: Config, case: Scene, rows: list[bench.Row], repeats: int) -> d
     """What a figure must name to mean anything, and the shares that matter."""
     ms = {row.stage: row.median for row in rows}
     chosen = config.sparsity.selection
-    select, dense = ms[f"selection, {chosen}"] if chosen else rows[0].median, rows[-1].median
+    chosen = chosen or next(name.partition(", ")[2] for name in ms if name.startswith("selection, "))
+    select, dense = ms[WITH] - ms[WITHOUT] + ms[f"selection, {chosen}"], rows[-1].median
+    both = ms[WITH] - ms[WITHOUT] + ms["selection + attention"]
     grid, kept, seen = Grid.of(config), int(case.budget.blocks), int(case.time.visible.sum())
     return timing.facts(platform.describe(), repeats) | {
-        "layer": f"{len(case.q)} layers a launch; {case.q[0].shape[1]} queries, {case.dense[0].shape[1]} keys, "
+        "layer": f"{len(case.qkv)} layers a launch; {case.qkv[0].shape[1]} queries, {case.dense[0].shape[1]} keys, "
         f"{config.model.heads} heads of {config.model.head_dim}, {config.model.dtype}, blocks {grid.block_q}x{grid.block_k}, "
         f"budget {kept} of {seen} blocks, {config.sparsity.policy}",
-        "selection / attention": round(select / ms["attention"], 4),
-        "dense / (selection + attention)": round(dense / ms["selection + attention"], 2),
+        "(means + selection) / attention": round(select / ms["attention"], 4),
+        "the same from both together": round(both / ms["attention"] - 1, 4),
+        "dense / (means + selection + attention)": round(dense / both, 2),
     }

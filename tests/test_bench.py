@@ -33,7 +33,7 @@ def test_bench_times_every_stage_of_every_chunk(model, tmp_path, capsys):
         assert 0 <= row.least <= row.median <= row.most
         assert row.floor is not None or row.stage == "denoise: other"
         assert (row.first is None) == row.stage.startswith("denoise:")
-    for part in ("selection", "cross-attention", "ffn", "head"):
+    for part in stages.SCOPES:
         assert report.seconds(f"denoise: {part}") > 0
     assert sum(report.seconds(stage) for stage in video.STAGES) > 0
     assert compiled_chunk._cache_size() <= compiled + 1  # at most one more, for all chunks and all repeats
@@ -80,14 +80,18 @@ def test_bench_of_the_attention_of_a_layer(tmp_path, capsys):
     assert main(words) == 0
     report = json.loads(file.read_text())
     names = [row["stage"] for row in report["rows"]]
-    assert names == ["selection, xla", "attention", "selection + attention", "dense, xla"]
+    chosen = ["selection, xla", "attention", "selection + attention", "dense, xla"]
+    assert names == ["norms, rotation", "norms, rotation, means", *chosen]
     assert {row["chunk"] for row in report["rows"]} == {2}
     for row in report["rows"]:
         assert 0 < row["least"] <= row["median"] <= row["most"]
     ms, facts = {row["stage"]: row["median"] for row in report["rows"]}, report["facts"]
-    assert facts["selection / attention"] == pytest.approx(ms["selection, xla"] / ms["attention"], abs=1e-3)
-    assert facts["dense / (selection + attention)"] == pytest.approx(ms["dense, xla"] / ms["selection + attention"], abs=1e-2)
-    assert "2 layers a launch; 72 queries, 216 keys" in facts["layer"] and "selection / attention" in capsys.readouterr().out
+    means = ms["norms, rotation, means"] - ms["norms, rotation"]
+    share, sum_of_both = (means + ms["selection, xla"]) / ms["attention"], means + ms["selection + attention"]
+    assert facts["(means + selection) / attention"] == pytest.approx(share, abs=1e-3)
+    assert facts["the same from both together"] == pytest.approx(sum_of_both / ms["attention"] - 1, abs=1e-3)
+    assert facts["dense / (means + selection + attention)"] == pytest.approx(ms["dense, xla"] / sum_of_both, abs=1e-2)
+    assert "2 layers a launch; 72 queries, 216 keys" in facts["layer"] and "(means + selection)" in capsys.readouterr().out
 
 
 def test_the_timed_pieces_compute_the_same():
