@@ -9,7 +9,7 @@ import jax
 
 from lf_jax import attention, config, tokens
 from lf_jax.config import Config, check
-from pallas_kernels import conv, platform, selection, tuned
+from pallas_kernels import conv, fused, linear, platform, selection, tuned
 
 REQUIRED = (
     "jax", "jaxlib", "flax", "einops", "jaxtyping", "numpy", "ml_dtypes", "safetensors", "optax", "scipy", "orbax-checkpoint",
@@ -69,12 +69,15 @@ def operations(settings: Config) -> tuple[Operation, ...]:
     """The operations that have more than one implementation."""
     policy, grid = settings.sparsity.policy, tokens.Grid.of(settings)
     kind = "dense" if settings.sparsity.dense else f"{policy}, blocks {grid.block_q}x{grid.block_k}"
-    sparse = settings.sparsity
+    sparse, model = settings.sparsity, settings.model
+    low = model.linears == "fp8"
     choice = () if sparse.dense else (chosen("choice of blocks", selectors(settings, grid), sparse.selection),)
     return (
         chosen(f"self-attention ({kind})", attention.implementations(settings), sparse.implementation),
         *choice,
         chosen("cross-attention", attention.dense_implementations(attention.queries(settings))),
+        chosen("norms and rotation", fused.explain(model.dim, model.head_dim, low)),
+        *([chosen("float8 linear layers", linear.explain(model.dim, model.ffn_dim, dtype=None))] if low else []),
         chosen("finest convolutions of the autoencoder", convolutions(settings)),
     )
 

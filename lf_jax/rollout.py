@@ -13,7 +13,6 @@ cache has no slots, and the pass that would fill them is left out.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ from lf_jax.sparsity import Budget, chunk_budgets
 from lf_jax.tokens import Grid, chunk_lengths
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["cache", "keys", "chunk", "budgets"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RolloutState:
     """A video up to now."""
@@ -239,6 +238,8 @@ def as_context(
     return flow.add_noise(latents, fresh, flow.nearest_sigma(jnp.float32(settings.context_timestep), settings.shift))
 
 
+# Inside the compiled step too: its denoising and its commit then share one lowering, which takes long for Mosaic kernels.
+one_pass = jax.jit(forward, static_argnames=("grid", "sparsity"))
 compiled_chunk = jax.jit(next_chunk, static_argnames=("config", "frames"), donate_argnames="cache")
 
 
@@ -285,7 +286,7 @@ def guided_velocity(
     """The network's velocity; under guidance scale g it is u + g (c - u) of both halves of a doubled batch."""
     both = jnp.tile(x, (branches(config), 1, 1, 1, 1))
     times = jnp.broadcast_to(timestep, both.shape[:2])
-    velocity, _ = forward(model, both, times, text, cache, budget, Grid.of(config), config.sparsity)
+    velocity, _ = one_pass(model, both, times, text, cache, budget, Grid.of(config), config.sparsity)
     if branches(config) == 1:
         return velocity
     conditional, unconditional = jnp.split(velocity, 2)
@@ -306,7 +307,7 @@ def commit_chunk(
         return dataclasses.replace(cache, end=cache.end + latents.shape[1])
     both = jnp.tile(latents.astype(jnp.float32), (branches(config), 1, 1, 1, 1))
     times = jnp.full(both.shape[:2], timestep, jnp.float32)
-    _, new = forward(model, both, times, text, cache, budget, Grid.of(config), config.sparsity)
+    _, new = one_pass(model, both, times, text, cache, budget, Grid.of(config), config.sparsity)
     return kv.append(cache, new, latents.shape[1], config.rollout.chunk_frames)
 
 

@@ -229,13 +229,15 @@ def test_the_window_that_fits_fits_exactly():
 
 
 def test_doctor_says_what_runs_and_why(capsys):
-    run("doctor", "--config", "light_forcing_1_3b", "--json")
+    run("doctor", "--config", "light_forcing_1_3b", "--model.linears", "fp8", "--json")
     report = json.loads(capsys.readouterr().out)
-    sparse, choice, cross, convolutions = report["operations"]
+    sparse, choice, cross, norms, linears, convolutions = report["operations"]
     assert (sparse["name"], sparse["choice"]) == ("self-attention (light_forcing, blocks 64x64)", "xla")
     assert (choice["name"], choice["choice"]) == ("choice of blocks", "xla")
     assert choice["reasons"][0].startswith("triton: needs an NVIDIA GPU")
     assert cross["choice"] == "xla" and cross["reasons"][0].startswith("cudnn: needs an NVIDIA GPU")
+    assert (norms["name"], norms["choice"]) == ("norms and rotation", "xla")
+    assert (linears["name"], linears["choice"]) == ("float8 linear layers", "xla")
     assert (convolutions["name"], convolutions["choice"]) == ("finest convolutions of the autoencoder", "xla")
     assert convolutions["reasons"][0].startswith("hopper: needs an NVIDIA GPU of compute capability 9.0")
     assert "torch" in report["optional"]

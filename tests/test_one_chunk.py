@@ -77,7 +77,7 @@ def test_every_block_of_one_chunk_is_full_attention(implementation):
 def test_no_pass_fills_a_cache_that_is_not_there(monkeypatch):
     traced = []
     monkeypatch.setattr(
-        sys.modules[rollout.__module__], "forward", lambda *args: traced.append(args[1].shape) or dit.forward(*args)
+        sys.modules[rollout.__module__], "one_pass", lambda *args: traced.append(args[1].shape) or dit.forward(*args)
     )
     config, text, noise = sparse("light_forcing"), text_of(ONE), draw(2, FRAMES, *FRAME)
 
