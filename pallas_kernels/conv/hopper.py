@@ -4,15 +4,14 @@ A tile is some rows of 64 neighbouring pixels of one frame, and all output chann
 take tile after tile, those of following frames at the same place first, so that what they share is still in the L2 cache. Two
 warpgroups multiply, half of the rows each; a warp of the third starts the copies, also those of the next tile while this one
 is stored. A step of the products takes 32 channels of the rows of one frame, moved by the column of the kernel, and serves
-all rows of the kernel. What the image lacks at its borders, and channels beyond the last, the copies fill with zeros; the two
-frames before the first are read where they lie.
+all rows of the kernel, whose weights follow one by one. What the image lacks at its borders, and channels beyond the last, the
+copies fill with zeros; the two frames before the first are read where they lie.
 
 After an upsampling, pixel (2 i + a, 2 j + b) sees two rows and two columns of the input, i + a - 1, i + a and j + b - 1,
 j + b, with sums of the kernel's rows and columns for weights: four kernels of 2 x 2, one for each (a, b), so that four
 products do what took nine, and the upsampled input never exists.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -24,28 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import platform
+from pallas_kernels.conv.hopper_plan import AHEAD, COLUMNS, STEP, WIDEST, Config, Plan, plan
 from pallas_kernels.conv.types import SIDE, Form
 from pallas_kernels.conv.xla import normed
 
-COLUMNS = 64  # pixels of a row of a tile: what a product of a warpgroup takes
-STEP = 32  # channels of a step
-WIDEST = 192  # output channels of a tile
-SXM = 132  # multiprocessors of an H100 or H200 in its usual form
-SHARED = 224 * 1024  # bytes of shared memory that tiles may have
-FETCHED = 24  # bytes that a multiprocessor gets from the L2 cache in a clock while all do: about 5.5 TB/s together
 FILLED = 0.6  # of the tiles' pixels, where the kernel is worth it
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 ROUND = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(2 * STEP))
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the kernel is laid out."""
-
-    rows: int | None = None  # of a tile, for both warpgroups; None takes what should be fastest
-    stages: int | None = None  # steps in flight; None takes as many as fit, four at most
-    multiprocessors: int = dataclasses.field(default_factory=lambda: platform.device().multiprocessors or SXM)
-    interpret: Any = None  # `InterpretGPUParams` runs on the CPU
 
 
 def reason(x: Any, kernel: Any, form: Form) -> str | None:
@@ -79,95 +63,6 @@ def slow(x: Any, kernel: Any, form: Form) -> str | None:
     work = math.prod(x.shape[:4]) * size.phases * size.shares
     filled = work / (size.waves(config) * config.multiprocessors * size.rows * COLUMNS)
     return None if filled >= FILLED else f"{filled:.0%} of its tiles would be at work, less than {FILLED:.0%}"
-
-
-class Plan(NamedTuple):
-    """The tiles of a call."""
-
-    batch: int
-    frames: int
-    height: int
-    width: int
-    inputs: int
-    outputs: int  # a multiple of 8
-    taps: int  # frames of the kernel
-    form: Form
-    residual: bool
-    rows: int  # of a tile
-    stages: int
-    staged: int  # rows of a warpgroup that wait to be stored
-
-    @property
-    def side(self) -> int:
-        return 2 if self.form.upsample else SIDE
-
-    @property
-    def phases(self) -> int:
-        return 4 if self.form.upsample else 1
-
-    @property
-    def channels(self) -> int:
-        """Outputs of a tile."""
-        return min(self.outputs, WIDEST)
-
-    @property
-    def shares(self) -> int:
-        return self.outputs // self.channels
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.inputs // STEP)
-
-    @property
-    def steps(self) -> int:
-        return self.taps * self.side * self.chunks
-
-    @property
-    def places(self) -> tuple[int, int]:
-        return -(-self.height // self.rows), -(-self.width // COLUMNS)
-
-    @property
-    def tiles(self) -> int:
-        return math.prod(self.places) * self.batch * self.frames * self.phases * self.shares
-
-    @property
-    def stage_bytes(self) -> int:
-        return 2 * STEP * ((self.rows + self.side - 1) * COLUMNS + self.side * self.channels)
-
-    @property
-    def staged_bytes(self) -> int:
-        return 2 * 2 * self.staged * COLUMNS * self.channels
-
-    @property
-    def clocks(self) -> float:
-        """Of a tile, about: for products or for copies, whichever takes longer, and for its end.
-
-        A product of 64 pixels x 16 channels x n takes n / 2 clocks of the tensor cores, and 16 + n / 4 of shared memory.
-        """
-        products = self.rows * self.side * (STEP // 16) * max(self.channels / 2, 16 + self.channels / 4)
-        return self.steps * max(products, self.stage_bytes / FETCHED) + 200 * self.rows
-
-    def waves(self, config: Config) -> int:
-        """Tiles of the thread block that has most."""
-        return -(-self.tiles // config.multiprocessors)
-
-    def fitted(self, config: Config) -> "Plan":
-        """With the rows that should be fastest, and the stages that fit."""
-        tried = [rows for rows in (2, 4, 8, 16) if rows // 2 * self.channels <= 2 * WIDEST]
-        tried = tried if config.rows is None else [config.rows]
-        plans = [self._replace(rows=rows, staged=rows // 2 if self.channels <= 48 else min(rows // 2, 2)) for rows in tried]
-        plans = [plan._replace(stages=config.stages or min(4, plan.most_stages)) for plan in plans]
-        return min((plan for plan in plans if plan.stages > 1), key=lambda plan: plan.waves(config) * plan.clocks)
-
-    @property
-    def most_stages(self) -> int:
-        return (SHARED - self.staged_bytes) // self.stage_bytes
-
-
-def plan(x: Any, kernel: Any, form: Form, residual: bool, config: Config) -> Plan:
-    b, f, h, w, c = x.shape
-    outputs = -(-kernel.shape[-1] // 8) * 8
-    return Plan(b, f, h, w, c, outputs, kernel.shape[0], form, residual, 0, 0, 0).fitted(config)
 
 
 class Tile(NamedTuple):
@@ -211,7 +106,7 @@ def conv(x, kernel, bias, past, residual, scale, form: Form, eps: float, *, conf
 
 
 def weights(kernel: jax.Array, size: Plan, dtype: jnp.dtype) -> jax.Array:
-    """[phase x share x step, row of the kernel, output, channel of the step]: what a step takes lies together."""
+    """[phase x share x step x row of the kernel, output, channel of the step]: in the order in which they are needed."""
     kernel = kernel.astype(jnp.float32)
     if size.form.upsample:
         # which rows (or columns) of the kernel fall on the same one of the input, for even and for odd outputs
@@ -222,17 +117,17 @@ def weights(kernel: jax.Array, size: Plan, dtype: jnp.dtype) -> jax.Array:
     kernel = jnp.pad(kernel, [(0, 0)] * 4 + [(0, more) for more in missing]).astype(dtype)
     kernel = kernel.reshape(*kernel.shape[:4], size.chunks, STEP, size.shares, size.channels)
     kernel = kernel.transpose(0, 6, 1, 3, 4, 2, 7, 5)  # phase share tap column chunk | row output channel
-    return kernel.reshape(-1, size.side, size.channels, STEP)
+    return kernel.reshape(-1, size.channels, STEP)
 
 
 def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[int, ...]):
     half, side, steps, stages = size.rows // 2, size.side, size.steps, size.stages
-    blocks = min(config.multiprocessors, size.tiles)
+    blocks, ahead = min(config.multiprocessors, size.tiles), AHEAD * size.side
     interpreted = config.interpret is not None
     border = 0 if interpreted else -1  # where the image begins; in the interpreter there are zeros before it
     ragged = size.height % size.rows > 0  # then some rows are not stored, and counting the stores does not tell which are done
 
-    def body(x_g, past_g, w_g, bias_g, scale_g, added_g, out_g, x_s, w_s, out_s, full, free, added):
+    def body(x_g, past_g, w_g, bias_g, scale_g, added_g, out_g, x_s, w_s, out_s, x_full, x_free, w_full, w_free, added):
         written, read = (x_s, x_s) if interpreted else x_s
         wg, first = lax.axis_index("wg"), lax.axis_index("block")
         mine = lax.div(size.tiles - first + blocks - 1, blocks)
@@ -306,6 +201,12 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
                 whole = {"idx": ()} if jax.__version_info__ < (0, 11) else {}  # required until 0.10, deprecated since
                 return plgpu.load(ref, **whole, layout=layout, optimized=False)
 
+            def release(m, last: bool):
+                """The weights of row m, counted through all steps, and after the last row of a step its pixels."""
+                plgpu.barrier_arrive(w_free.at[lax.rem(m, ahead)])
+                if last:
+                    plgpu.barrier_arrive(x_free.at[lax.rem(lax.div(m, side), stages)])
+
             @pl.loop(0, mine)
             def _(i):
                 at = tile(i)
@@ -318,18 +219,20 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
                     def step(k, _):
                         n = i * steps + k
                         slot = lax.rem(n, stages)
-                        plgpu.barrier_wait(full.at[slot])
+                        plgpu.barrier_wait(x_full.at[slot])
                         for row in range(side):
+                            m = n * side + row
+                            plgpu.barrier_wait(w_full.at[lax.rem(m, ahead)])
                             for r, total in enumerate(sums):
-                                plgpu.wgmma(total, read.at[slot, wg * half + r + row], w_s.at[slot, row].T)
-                        plgpu.wgmma_wait(side * half)
-                        pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(n + stages - 1, stages)]))
+                                plgpu.wgmma(total, read.at[slot, wg * half + r + row], w_s.at[lax.rem(m, ahead)].T)
+                            plgpu.wgmma_wait(half)  # these are under way, those before are done
+                            pl.when((k > 0) | (row > 0))(functools.partial(release, m - 1, row == 0))
 
                     lax.fori_loop(0, steps, step, None)
                     return tuple(total[...] for total in sums)
 
                 totals = pl.run_scoped(products, *[plgpu.ACC((COLUMNS, size.channels), jnp.float32)] * half)
-                plgpu.barrier_arrive(free.at[lax.rem(i * steps + steps - 1, stages)])
+                release((i + 1) * steps * side - 1, True)
                 for r, y in enumerate(totals):
                     store(at, r, y)
 
@@ -343,19 +246,25 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
             if size.form.upsample:
                 row, begin = row + lax.div(at.phase, 2), begin + lax.rem(at.phase, 2)
             patch = pl.ds(row, size.rows + side - 1), pl.ds(begin, COLUMNS), pl.ds(chunk * STEP, STEP)
-            pl.when(n >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-            plgpu.copy_gmem_to_smem(w_g.at[(at.phase * size.shares + at.share) * steps + k], w_s.at[slot], full.at[slot])
+            pl.when(n >= stages)(lambda: plgpu.barrier_wait(x_free.at[slot]))
 
             @pl.when(frame >= 0)
             def _():
-                plgpu.copy_gmem_to_smem(x_g.at[at.batch * size.frames + frame, *patch], written.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(x_g.at[at.batch * size.frames + frame, *patch], written.at[slot], x_full.at[slot])
 
             if size.taps > 1:
 
                 @pl.when(frame < 0)
                 def _():
                     before = at.batch * (size.taps - 1) + frame + size.taps - 1
-                    plgpu.copy_gmem_to_smem(past_g.at[before, *patch], written.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(past_g.at[before, *patch], written.at[slot], x_full.at[slot])
+
+            for row in range(side):
+                m = n * side + row
+                place = lax.rem(m, ahead)
+                pl.when(m >= ahead)(functools.partial(plgpu.barrier_wait, w_free.at[place]))
+                here = ((at.phase * size.shares + at.share) * steps + k) * side + row
+                plgpu.copy_gmem_to_smem(w_g.at[here], w_s.at[place], w_full.at[place])
 
         @pl.when(wg == 2)
         def producer():
@@ -367,9 +276,11 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
                 def _():
                     pl.loop(0, mine * steps)(fetch)
 
-                    @pl.loop(lax.max(mine * steps - stages, 0), mine * steps)  # no arrival may be left that nobody saw
-                    def _(n):
-                        plgpu.barrier_wait(free.at[lax.rem(n, stages)])
+                    for free, number, slots in ((x_free, mine * steps, stages), (w_free, mine * steps * side, ahead)):
+
+                        @pl.loop(lax.max(number - slots, 0), number)  # no arrival may be left that nobody saw
+                        def _(n, free=free, slots=slots):
+                            plgpu.barrier_wait(free.at[lax.rem(n, slots)])
 
     patch = functools.partial(plgpu.SMEM, (stages, size.rows + side - 1, COLUMNS, STEP), jnp.bfloat16)
     # A copy into tiles would have to begin at a multiple of 8 pixels. 64 pixels of 32 channels lie the same way in tiles and
@@ -388,10 +299,12 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
         thread_name="wg",
         scratch_types=[
             image,
-            plgpu.SMEM((stages, side, size.channels, STEP), jnp.bfloat16, transforms=ROUND),
+            plgpu.SMEM((ahead, size.channels, STEP), jnp.bfloat16, transforms=ROUND),
             plgpu.SMEM((2 * size.staged, COLUMNS, size.channels), jnp.bfloat16, transforms=smooth),
+            plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages, num_arrivals=2),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=2),
+            plgpu.Barrier(num_barriers=ahead),
+            plgpu.Barrier(num_barriers=ahead, num_arrivals=2),
             plgpu.Barrier(num_barriers=2 * size.staged),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, lowering_semantics=lane),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import platform
-from pallas_kernels.conv import api, convolve, explain, hopper, xla
+from pallas_kernels.conv import api, convolve, explain, hopper, hopper_plan, xla
 from pallas_kernels.conv.types import Form
 
 EPS = 1e-6
@@ -104,7 +104,7 @@ def test_a_convolution_is_the_sum_over_its_taps(mode, name):
     found = jax.jit(functools.partial(run, mode, case))(*arrays)
     wanted = expected(case, *arrays)
     assert found.dtype == jnp.bfloat16 and found.shape == wanted.shape
-    twice = case.norm and (mode == "xla" or case.out > hopper.WIDEST)  # the norm is of numbers that were rounded
+    twice = case.norm and (mode == "xla" or case.out > hopper_plan.WIDEST)  # the norm is of numbers that were rounded
     assert distance(found.astype(jnp.float32), wanted) < (6e-3 if twice else 3e-3)
     if mode == "interpreter":
         from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
@@ -131,10 +131,10 @@ def test_layers_of_the_decoders_compile_for_a_gpu(name):
     case = LAYERS[name]
     arrays = jax.eval_shape(functools.partial(arguments_of_zeros, case))
     form = Form(case.upsample, case.norm)
-    config = hopper.Config(multiprocessors=hopper.SXM)
+    config = hopper.Config(multiprocessors=hopper_plan.SXM)
     assert hopper.unfit(arrays[0], arrays[1], form) is None
     size = hopper.plan(arrays[0], arrays[1], form, case.residual, config)
-    assert size.stages * size.stage_bytes + size.staged_bytes <= hopper.SHARED
+    assert size.shared_bytes <= hopper_plan.SHARED
     text = jax.jit(lambda *a: hopper.conv(*a, form, EPS, config=config)).trace(*arrays).lower(lowering_platforms=("cuda",))
     assert text.as_text().count("mosaic_gpu_v2") == 1
 
@@ -218,11 +218,14 @@ def test_small_images_are_left_to_xla():
 def test_a_tile_has_many_rows_where_there_are_many_tiles():
     """Rows share what is copied, but a GPU that waits for its last tiles shares nothing."""
 
-    def rows(*call):
-        return hopper.plan(*call, Form(False, False), False, hopper.Config(multiprocessors=hopper.SXM)).rows
+    def rows(channels, h, w):
+        call = shapes(h, w, channels, channels)
+        return hopper.plan(*call, Form(False, False), False, hopper.Config(multiprocessors=hopper_plan.SXM)).rows
 
-    assert rows(*shapes()) == 16 and rows(*shapes(c=96, out=96)) == 8
-    assert rows(*shapes(c=96, out=96, h=64, w=96)) == 8 and rows(*shapes(c=96, out=96, h=32, w=48)) < 8
+    assert rows(96, 512, 768) == 8 and rows(192, 256, 384) == 4, "all that the registers hold"
+    assert rows(96, 32, 48) < 8 and rows(24, 512, 768) > rows(24, 16, 64)
+    with pytest.raises(ValueError, match="config.rows=64 and config.stages=None do not fit 24 channels"):
+        hopper.plan(*shapes(), Form(False, False), False, hopper.Config(rows=64))
 
 
 @pytest.mark.skipif(platform.device().nvidia, reason="of machines without an NVIDIA GPU")
