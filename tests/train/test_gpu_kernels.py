@@ -33,6 +33,7 @@ KERNELS = {  # by package: those of a GPU
     "fused": (fused.api.IMPLEMENTATIONS, ("triton",)),
     "linear": (linear.api.IMPLEMENTATIONS, ("hopper",)),
 }
+SPARSE = {"attention", "selection", "fused"}  # of a causal transformer; its layers in float8 are not for training
 Shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
 
 
@@ -78,10 +79,10 @@ def trace(objective, names, component, part, batch):
 @pytest.mark.parametrize(
     "objective, names, expected",
     [
-        (Distillation(), ("generator", "critic"), {"attention", "selection"}),
-        (TeacherForcing(), ("model",), {"attention", "selection"}),
-        (OdePairs(), ("model",), {"attention", "selection"}),
-        (Flow(), ("model",), set()),  # all of one chunk: cuDNN
+        (Distillation(), ("generator", "critic"), SPARSE),
+        (TeacherForcing(), ("model",), SPARSE),
+        (OdePairs(), ("model",), SPARSE),
+        (Flow(), ("model",), {"fused"}),  # attention of one chunk is dense
     ],
     ids=lambda value: type(value).__name__ if dataclasses.is_dataclass(value) else "",
 )
@@ -89,7 +90,7 @@ def test_losses_of_transformers(ran, objective, names, expected):
     text = Shape((1, 6, 8))
     batch = {"latents": Shape((1, 6, 16, 32, 16)), "text": text, "negative": text}
     trace(objective, names, "dit", CONFIG.model, batch)
-    assert ran - {"fused"} == expected
+    assert ran == expected
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -99,7 +100,7 @@ def test_convolutions_run_through_the_kernel_where_no_gradient_flows(ran, frozen
         trace(Flow(caption_dropout=0.0), ("model",), "dit", CONFIG.model, video)
     else:
         trace(Autoencoder(), ("model",), "vae", CONFIG.vae, video)
-    assert ran - {"fused"} == ({"convolution"} if frozen else set())
+    assert ran == ({"convolution", "fused"} if frozen else set())
 
 
 @pytest.mark.parametrize("name", ["generator", "critic"])
@@ -114,6 +115,6 @@ def test_an_update_at_full_size(ran, name):
     run = partial(state.update, plan, config, devices, assemble, name)
     after, metrics = jax.eval_shape(run, before, fixed, {"text": text, "negative": text}, jnp.int32(0))
     assert after == before
-    assert {f"{name}/loss", f"{name}/exit"} <= metrics.keys() and ran - {"fused"} == {"attention", "selection"}
+    assert {f"{name}/loss", f"{name}/exit"} <= metrics.keys() and ran == SPARSE
     size = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((before, fixed)))
     assert 39.5 < size / 2**30 < 39.8  # of the 60 GiB in docs/training.md
