@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import jax
-from jax._src.lib import mosaic_gpu_dialect  # no public name, and no other place to mend what `_name_kernels` mends
+from jax._src.lib import mosaic_gpu_dialect  # no public name, and no other place to mend what is mended below
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _NAMING = "get_or_set_dump_options"  # of jaxlib 0.11.1 and later
@@ -29,20 +29,21 @@ def use_cache(folder: str | os.PathLike | None = None) -> None:
 
     Of all programs, because a video takes dozens of small ones, too; JAX's own threshold would be a second.
     """
-    _name_kernels()
+    _leave_out_circumstances()
     chosen = folder or jax.config.jax_compilation_cache_dir or default_folder()
     jax.config.update("jax_compilation_cache_dir", str(chosen))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _name_kernels() -> None:
-    """Makes a program with Mosaic GPU kernels the same program in every process.
+def _leave_out_circumstances() -> None:
+    """Makes a program with Mosaic GPU kernels the same program whoever calls it and whatever was lowered before.
 
-    jaxlib names each kernel that a process lowers after a running number, for files of a debugger, and the name becomes a
-    part of the program: unless all kernels before it were lowered in the same order, a later process would not find it
-    in the cache. A kernel that has a name keeps it, so here each gets that of its function first.
+    A kernel is a part of the program, and holds the line of code that made each of its operations, with all callers. It also
+    holds a name for files of a debugger, which jaxlib makes with a running number; a kernel that has one keeps it, so each
+    gets that of its function first.
     """
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     number = getattr(mosaic_gpu_dialect, _NAMING, None)
     if number is None or hasattr(number, "original"):
         return

@@ -1,7 +1,6 @@
 """Programs are compiled before they are called, once, and a later process finds them."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -15,8 +14,7 @@ import pytest
 import small
 
 from lf_jax import cli, compilation, generate, programs
-from pallas_kernels import BlockMap
-from pallas_kernels.block_sparse import hopper_common, hopper_forward
+from pallas_kernels.linear import Quantised, hopper
 
 HEAVY = {"jit_encode", "jit_text_cache", "jit_next_chunk", "jit_decode_pixels"}
 CHILD = """
@@ -77,35 +75,47 @@ def test_the_decoder_takes_a_few_frames_at_a_time(frames, parts):
     assert generate.decode_lengths(frames) == parts
 
 
-@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="names of kernels are numbers from jaxlib 0.11.1 on")
-def test_a_kernel_is_the_same_program_whatever_was_lowered_before(monkeypatch):
-    original = compilation.mosaic_gpu_dialect.get_or_set_dump_options
-    monkeypatch.setattr(compilation.mosaic_gpu_dialect, "get_or_set_dump_options", getattr(original, "original", original))
-    numbered = {lowered_kernel() for _ in range(2)}
-    compilation.use_cache()
-    named = {lowered_kernel() for _ in range(2)}
-    compilation.use_cache()
-    assert len(numbered) == 2 and len(named) == 1 and lowered_kernel() in named
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel lowers without a GPU from jax 0.11 on")
+def test_a_kernel_is_the_same_program_whoever_calls_it_and_whatever_was_lowered_before(monkeypatch):
+    naming = compilation.mosaic_gpu_dialect.get_or_set_dump_options
+    monkeypatch.setattr(compilation.mosaic_gpu_dialect, "get_or_set_dump_options", getattr(naming, "original", naming))
+    limit = jax.config.jax_traceback_in_locations_limit
+    try:
+        jax.config.update("jax_traceback_in_locations_limit", 100)  # JAX's own
+        numbered = [program() for _ in range(2)]
+        compilation.use_cache()
+        named = [program(), from_elsewhere(), program()]
+        compilation.use_cache()
+        assert numbered[0] != numbered[1] and len({*named, program()}) == 1
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
-def lowered_kernel() -> str:
-    """The program for Hopper of a small call."""
-    shapes = {"q": (1, 128, 1, 128), "k": (1, 256, 1, 128), "index": (1, 1, 1, 2), "count": (1, 1, 1)}
-    q, k = (jax.ShapeDtypeStruct(shapes[name], jnp.bfloat16) for name in "qk")
-    lists = BlockMap(*(jax.ShapeDtypeStruct(shapes[name], jnp.int32) for name in ("index", "count")), 128, 128)
-    call = functools.partial(hopper_forward.forward, past=None, scale=0.1, frame_tokens=128, config=hopper_common.Config())
-    return jax.jit(lambda *given: call(*given)).trace(q, k, k, lists).lower(lowering_platforms=("cuda",)).as_text()
+def program() -> str:
+    """A small call of the linear layer for Hopper."""
+    x, w = (
+        Quantised(jax.ShapeDtypeStruct((rows, 128), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((rows,), jnp.float32))
+        for rows in (128, 64)
+    )
+    rest = {"activation": None, "gate": None, "residual": None, "reach": None, "dtype": jnp.bfloat16}
+    call = jax.jit(lambda *given: hopper.linear(*given, None, **rest))
+    lowered = call.trace(x, w, jax.ShapeDtypeStruct((64,), jnp.float32)).lower(lowering_platforms=("cuda",))
+    return lowered.as_text()
+
+
+def from_elsewhere() -> str:
+    return program()
 
 
 def test_the_cache_has_a_default_a_variable_and_an_option(monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert compilation.default_folder() == pathlib.Path("/caches/lf_jax/compiled")
-    seen = []
-    monkeypatch.setattr(jax.config, "update", lambda name, value: seen.append((name, value)))
+    seen = {}
+    monkeypatch.setattr(jax.config, "update", seen.__setitem__)
     monkeypatch.setattr(compilation, "default_folder", lambda: pathlib.Path("/default"))
     compilation.use_cache("/chosen")
-    assert seen[0] == ("jax_compilation_cache_dir", "/chosen")
+    assert seen["jax_compilation_cache_dir"] == "/chosen"
     assert cli.main(["doctor", "--compilation-cache=/chosen", "--compilation-cache", "/last", "--help"]) == 0
-    assert seen[2] == ("jax_compilation_cache_dir", "/last") and "usage: lf-jax doctor" in capsys.readouterr().out
+    assert seen["jax_compilation_cache_dir"] == "/last" and "usage: lf-jax doctor" in capsys.readouterr().out
     assert cli.main(["doctor", "--compilation-cache"]) == cli.BAD_INPUT
     assert "--compilation-cache needs a folder" in capsys.readouterr().err
