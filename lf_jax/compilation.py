@@ -37,11 +37,11 @@ def use_cache(folder: str | os.PathLike | None = None) -> None:
 
 
 def _leave_out_circumstances() -> None:
-    """Makes a program with Mosaic GPU kernels the same program whoever calls it and whatever was lowered before.
+    """Makes a program with kernels the same program whoever calls it and whatever was lowered before.
 
-    A kernel is a part of the program, and holds the line of code that made each of its operations, with all callers. It also
-    holds a name for files of a debugger, which jaxlib makes with a running number; a kernel that has one keeps it, so each
-    gets that of its function first.
+    A kernel is a part of the program as bytes. Those of a Triton kernel hold the line of code that made each of its
+    operations, with all callers. Those of a Mosaic GPU kernel hold a name for files of a debugger, which jaxlib makes with a
+    running number; a kernel that has one keeps it, so each gets that of its function first.
     """
     jax.config.update("jax_traceback_in_locations_limit", 0)
     number = getattr(mosaic_gpu_dialect, _NAMING, None)

@@ -87,6 +87,7 @@ def test_a_kernel_is_the_same_program_whoever_calls_it_and_whatever_was_lowered_
         named = [program(), from_elsewhere(), program()]
         compilation.use_cache()
         assert numbered[0] != numbered[1] and len({*named, program()}) == 1
+        assert jax.config.jax_traceback_in_locations_limit == 0
     finally:
         jax.config.update("jax_traceback_in_locations_limit", limit)
 
