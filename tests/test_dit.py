@@ -309,7 +309,8 @@ def test_full_size_traces_at_480x832():
     assert (velocity.shape, velocity.dtype) == (x.shape, x.dtype)
     assert new.k.shape == (30, 1, 3 * 1560, 12, 128) and new.k.dtype == jnp.bfloat16
     names = lowered.as_text(debug_info=True)
-    assert all(f"block/{scope}" in names for scope in ("attention", "cross_attention", "ffn"))
+    inside = (f"block/attention/{part}" for part in ("qkv", "norm_rope", "attend", "output"))
+    assert all(scope in names for scope in ("embed/", *inside, "block/cross_attention", "block/ffn", "head/"))
 
 
 def test_the_cache_is_never_copied():
