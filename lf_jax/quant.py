@@ -13,16 +13,15 @@ from lf_jax.arrays import Array, Float, Int
 from lf_jax.layers import xavier
 from pallas_kernels.linear import Quantised, linear, quantise_rows, reach
 
-FORM = ("values", "scale", "reach")
+FORM = ("values", "scale", "reach")  # names of parameters
 
 
 class Linear(nnx.Module):
     """`x @ w.T + bias` of quantised rows of activations; of one layer, or of a stack of them, which is read in place."""
 
     def __init__(
-        self, inputs: int, outputs: int, *, parts: int | None = None, onward: bool = False, init: Callable = xavier,
-        dtype: jnp.dtype, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self, inputs: int, outputs: int, *, parts: int | None = None, onward: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         """
         Args:
             parts: number of layers that read the same input; their outputs lie side by side, `parts * outputs` in all.
@@ -30,9 +29,9 @@ class Linear(nnx.Module):
             dtype: of the output, where that is not quantised.
         """
         self.dtype = jnp.dtype(dtype)
-        shape, key = (inputs, outputs), rngs.params()
-        draw = (lambda key: init(key, shape, dtype).T) if parts is None else jax.vmap(lambda key: init(key, shape, dtype).T)
-        rows = quantise_rows(draw(key if parts is None else jax.random.split(key, parts)))
+        keys = jax.random.split(rngs.params(), parts or 1)
+        drawn = jax.vmap(lambda key: xavier(key, (inputs, outputs), dtype).T)(keys)
+        rows = quantise_rows(drawn[0] if parts is None else drawn)
         self.values = nnx.Param(rows.values)  # [out, in] or [parts, out, in]
         self.scale = nnx.Param(rows.scale)  # [out] or [parts, out], float32
         self.bias = nnx.Param(jnp.zeros(rows.scale.shape, jnp.float32))  # as `scale`
