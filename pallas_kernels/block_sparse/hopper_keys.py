@@ -131,10 +131,6 @@ def keys(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, past_g
             def one(r, base):
                 exists, b, h, j, line, n = item(r, worker)
 
-                @pl.when(exists & (n == 0))
-                def _():
-                    store(b, h, j, zeros((ROWS, D), config), zeros((ROWS, D), config))
-
                 def step(i, carry):
                     dk, dv = carry
                     now = wg * S + lax.rem(base + i, S)
@@ -178,9 +174,9 @@ def keys(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, past_g
                     plgpu.barrier_arrive(free.at[now])
                     return dk, dv
 
-                @pl.when(n > 0)
+                @pl.when(exists)
                 def _():
-                    plgpu.barrier_wait(kv_full.at[wg])
+                    plgpu.barrier_wait(kv_full.at[wg])  # even if nobody names them: their place takes the gradients
                     dk, dv = lax.fori_loop(0, n, step, (zeros((ROWS, D), config), zeros((ROWS, D), config)))
                     store(b, h, j, dk * scale, dv)
                     plgpu.barrier_arrive(kv_free.at[wg])
@@ -196,13 +192,13 @@ def keys(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, past_g
 
             def run(stream):
                 def one(r, base):
-                    _, b, h, j, line, n = item(r, cta * 2 + stream)
+                    exists, b, h, j, line, n = item(r, cta * 2 + stream)
 
-                    @pl.when((n > 0) & (base > 0))  # the first to have any finds them free
+                    @pl.when(exists & (r > 0))  # the first finds their place free
                     def _():
                         plgpu.barrier_wait(kv_free.at[stream])
 
-                    @pl.when(n > 0)
+                    @pl.when(exists)
                     def _():
                         here = pl.ds(in_source(j) * ROWS, ROWS)
 
@@ -236,7 +232,7 @@ def keys(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, past_g
                 def _(i):
                     plgpu.barrier_wait(free.at[stream * S + lax.rem(i, S)])
 
-                @pl.when(total > 0)
+                @pl.when(cta * 2 + stream < items)
                 def _():
                     plgpu.barrier_wait(kv_free.at[stream])
 

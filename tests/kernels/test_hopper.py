@@ -46,6 +46,9 @@ CASES = {
     "ragged, dead tokens, merged lists, a cut wave, batch 2": Case(
         b=2, tq=200, heads=3, past=2, frame=72, block_k=32, width=7, parts=3, multiprocessors=5, past_gradient=True
     ),
+    "workers of many tiles of keys, some of which no query names": Case(
+        b=2, tq=200, heads=3, past=2, frame=72, block_k=32, width=3, multiprocessors=1, past_gradient=True
+    ),
     "lists in order": Case(tq=64, heads=1, chunk=2, frame=72, block_k=32, width=8, least=2, ordered=True),
     "64 queries to a list": Case(tq=200, frame=200, block_q=64, width=6, parts=2, multiprocessors=3),
     "64 queries, 128 keys": Case(tq=192, frame=200, block_q=64, block_k=128, width=3, least=2, past_gradient=True),
