@@ -14,7 +14,7 @@ PAST = 2  # frames that a kernel over time sees before each frame
 
 class Implementation(NamedTuple):
     reason: Callable[..., str | None]  # (x, kernel, form) -> why it cannot run that here; None if it can
-    slow: Callable[..., str | None]  # the same -> why another should be faster; None if none should
+    slow: Callable[..., str | None]  # the same -> why another should be taken; None if none should
     run: Callable[..., jax.Array]  # (x, kernel, bias, past, residual, scale, form, eps) -> y
 
 
@@ -51,8 +51,8 @@ def convolve(
         eps: added to the mean square; goes with `scale`.
         upsample: first doubles rows and columns, by repeating them; goes without `past`, and with a side of 3.
         implementation: "hopper" (compute capability 9.0, bfloat16) or "xla" (any backend): a named one runs or raises. None
-            takes the first that can run the call, and is not slow at it; under differentiation "xla", as the other has no
-            gradients.
+            takes the first that can run the call, is not slow at it, and has run on GPUs for rows as these (for "hopper": of a
+            multiple of 64 pixels); under differentiation "xla", as the other has no gradients.
 
     Returns:
         [b, f, h, w, out] in the dtype of `x`; [b, f, 2 h, 2 w, out] with `upsample`. Products are summed in float32.

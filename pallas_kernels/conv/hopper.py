@@ -57,12 +57,20 @@ def unfit(x: Any, kernel: Any, form: Form) -> str | None:
 
 
 def slow(x: Any, kernel: Any, form: Form) -> str | None:
-    """Why the kernel should not be the fastest: small images leave too much of its tiles, or of the GPU, without work."""
+    """Why another should be taken: small images leave too much of the kernel's tiles, or of the GPU, without work.
+
+    And rows that end within a tile have their own copies, which are tested in the interpreter and not yet on a GPU.
+    """
+    width = x.shape[3]
     config = Config()
     size = plan(x, kernel, form, False, config)
     work = math.prod(x.shape[:4]) * size.phases * size.shares
     filled = work / (size.waves(config) * config.multiprocessors * size.rows * COLUMNS)
-    return None if filled >= FILLED else f"{filled:.0%} of its tiles would be at work, less than {FILLED:.0%}"
+    rules = {
+        f"{filled:.0%} of its tiles would be at work, less than {FILLED:.0%}": filled >= FILLED,
+        f"has run on GPUs for rows of a multiple of {COLUMNS} pixels only, received {width}": width % COLUMNS == 0,
+    }
+    return next((rule for rule, holds in rules.items() if not holds), None)
 
 
 class Tile(NamedTuple):
@@ -126,6 +134,7 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
     interpreted = config.interpret is not None
     border = 0 if interpreted else -1  # where the image begins; in the interpreter there are zeros before it
     ragged = size.height % size.rows > 0  # then some rows are not stored, and counting the stores does not tell which are done
+    rest = size.width % COLUMNS  # pixels of the last tile of a row, where it is not full
 
     def body(x_g, past_g, w_g, bias_g, scale_g, added_g, out_g, x_s, w_s, out_s, x_full, x_free, w_full, w_free, added):
         written, read = (x_s, x_s) if interpreted else x_s
@@ -141,14 +150,27 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
             share, phase, frame, column, row = numbers
             return Tile(n, frame, row * size.rows, column * COLUMNS, phase, share)
 
-        def here(at: Tile, row):
+        def here(at: Tile, row, pixels: int):
             """Of the outputs, or of what is added to them: a row of a tile."""
             channels = pl.ds(at.share * size.channels, size.channels)
             place = (at.batch * size.frames + at.frame, row)
             if size.form.upsample:
                 channels = pl.ds(lax.rem(at.phase, 2) * size.outputs + at.share * size.channels, size.channels)
                 place = (*place, lax.div(at.phase, 2))
-            return (*place, pl.ds(at.column, COLUMNS), channels)
+            return (*place, pl.ds(at.column, pixels), channels)
+
+        def each(at: Tile, row, copy):
+            """copy(pixels) of a row of a tile, if it is one of the image; `pixels` are those that the image has.
+
+            One of more would end with the array and not with the row: rows without a transform lie one behind the other, and
+            are copied as so many bytes.
+            """
+            if rest == 0:
+                pl.when(row < size.height)(lambda: copy(COLUMNS))
+            else:
+                last = at.column > size.width - COLUMNS
+                pl.when((row < size.height) & last)(lambda: copy(rest))
+                pl.when((row < size.height) & ~last)(lambda: copy(COLUMNS))
 
         @pl.when(wg < 2)
         def consumer():
@@ -160,8 +182,12 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
             def fetch_added(at: Tile, r):
                 """What is added to row r, to where it waits to be stored."""
                 slot = wg * size.staged + r % size.staged
-                source = added_g.at[here(at, rows(at, r))]
-                pl.when(rows(at, r) < size.height)(lambda: plgpu.copy_gmem_to_smem(source, out_s.at[slot], added.at[slot]))
+
+                def copy(pixels: int):
+                    source, staged = added_g.at[here(at, rows(at, r), pixels)], out_s.at[slot, pl.ds(0, pixels)]
+                    plgpu.copy_gmem_to_smem(source, staged, added.at[slot])
+
+                each(at, rows(at, r), copy)
 
             def store(at: Tile, r: int, y):
                 slot = wg * size.staged + r % size.staged
@@ -183,10 +209,10 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
                 staged[...] = y.astype(jnp.bfloat16)
                 plgpu.commit_smem()
 
-                @pl.when(rows(at, r) < size.height)
-                def _():
-                    plgpu.copy_smem_to_gmem(staged, out_g.at[here(at, rows(at, r))])
+                def copy(pixels: int):
+                    plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, pixels)], out_g.at[here(at, rows(at, r), pixels)])
 
+                each(at, rows(at, r), copy)
                 if size.residual and r + size.staged < half:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     fetch_added(at, r + size.staged)

@@ -40,6 +40,8 @@ CASES = {
     "more rows than wait to be stored": Case(h=8, c=16, out=56, rows=8, residual=True, stages=3),
     "the same, ragged": Case(f=2, h=13, out=56, rows=8, residual=True),
     "ragged, nothing added": Case(f=2, h=9, out=56, rows=8),
+    "ragged in columns": Case(h=2, w=72, out=16, residual=True, rows=2),
+    "ragged in columns, channels that fill tiles": Case(h=2, w=72, out=32, residual=True, rows=2),
     "norm of channels that fill no tile": Case(f=2, h=3, c=24, out=20, past=True, norm=True),
     "norm and residual": Case(w=8, c=32, out=32, past=True, norm=True, residual=True, rows=2),
     "norm of channels in two tiles": Case(h=2, w=8, out=384, norm=True, rows=2),
@@ -98,9 +100,13 @@ def distance(found, wanted) -> float:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CASES)
-def test_a_convolution_is_the_sum_over_its_taps(mode, name):
+def test_a_convolution_is_the_sum_over_its_taps(mode, name, monkeypatch):
     case = CASES[name]
     arrays = arguments(case)
+    if mode == "interpreter":  # which drops what is stored beyond the end of a row; a GPU may store it to the next row
+        from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import AsyncCopySmemToGmemTask
+
+        monkeypatch.setattr(AsyncCopySmemToGmemTask, "clips_out_of_bounds_destination", False)
     found = jax.jit(functools.partial(run, mode, case))(*arrays)
     wanted = expected(case, *arrays)
     assert found.dtype == jnp.bfloat16 and found.shape == wanted.shape
@@ -112,7 +118,7 @@ def test_a_convolution_is_the_sum_over_its_taps(mode, name):
         assert not interpret_pallas_call.get_races().races_found
 
 
-# Frames of the decoders of Wan and of LightVAE at 512x768, every width of theirs.
+# Frames of the decoders of Wan and of LightVAE at 512x768, every width of theirs, and rows that end within a tile.
 LAYERS = {
     "light, finest": Case(f=2, h=512, w=768, c=24, out=24, past=True, norm=True),
     "light, last": Case(f=1, h=512, w=768, c=24, out=3, past=True),
@@ -123,6 +129,8 @@ LAYERS = {
     "wan, coarse": Case(f=1, h=128, w=192, c=384, out=384, past=True, residual=True),
     "wan, up": Case(f=1, h=128, w=192, c=384, out=192, upsample=True),
     "480x832": Case(f=1, h=240, w=416, c=48, out=48, past=True, residual=True),
+    "480x832, wan": Case(f=1, h=120, w=208, c=192, out=192, past=True, residual=True),
+    "480x832, up": Case(f=1, h=240, w=416, c=48, out=24, upsample=True),
 }
 
 
@@ -210,9 +218,10 @@ def test_the_kernel_says_what_it_is_not_made_for(call, why):
             hopper.conv(*call, None, None, None, None, Form(False, False), None)
 
 
-def test_small_images_are_left_to_xla():
+def test_small_images_and_rows_not_tried_on_a_gpu_are_left_to_xla():
     assert hopper.slow(*shapes(), Form(False, False)) is None
     assert "of its tiles" in hopper.slow(*shapes(h=16, w=24), Form(False, False))
+    assert "multiple of 64 pixels only, received 416" in hopper.slow(*shapes(w=416), Form(False, False))
 
 
 def test_a_tile_has_many_rows_where_there_are_many_tiles():
