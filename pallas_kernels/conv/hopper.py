@@ -150,7 +150,7 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
             share, phase, frame, column, row = numbers
             return Tile(n, frame, row * size.rows, column * COLUMNS, phase, share)
 
-        def here(at: Tile, row, pixels: int):
+        def here(at: Tile, row, pixels: int = COLUMNS):
             """Of the outputs, or of what is added to them: a row of a tile."""
             channels = pl.ds(at.share * size.channels, size.channels)
             place = (at.batch * size.frames + at.frame, row)
@@ -158,19 +158,6 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
                 channels = pl.ds(lax.rem(at.phase, 2) * size.outputs + at.share * size.channels, size.channels)
                 place = (*place, lax.div(at.phase, 2))
             return (*place, pl.ds(at.column, pixels), channels)
-
-        def each(at: Tile, row, copy):
-            """copy(pixels) of a row of a tile, if it is one of the image; `pixels` are those that the image has.
-
-            One of more would end with the array and not with the row: rows without a transform lie one behind the other, and
-            are copied as so many bytes.
-            """
-            if rest == 0:
-                pl.when(row < size.height)(lambda: copy(COLUMNS))
-            else:
-                last = at.column > size.width - COLUMNS
-                pl.when((row < size.height) & last)(lambda: copy(rest))
-                pl.when((row < size.height) & ~last)(lambda: copy(COLUMNS))
 
         @pl.when(wg < 2)
         def consumer():
@@ -182,12 +169,8 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
             def fetch_added(at: Tile, r):
                 """What is added to row r, to where it waits to be stored."""
                 slot = wg * size.staged + r % size.staged
-
-                def copy(pixels: int):
-                    source, staged = added_g.at[here(at, rows(at, r), pixels)], out_s.at[slot, pl.ds(0, pixels)]
-                    plgpu.copy_gmem_to_smem(source, staged, added.at[slot])
-
-                each(at, rows(at, r), copy)
+                source = added_g.at[here(at, rows(at, r))]
+                pl.when(rows(at, r) < size.height)(lambda: plgpu.copy_gmem_to_smem(source, out_s.at[slot], added.at[slot]))
 
             def store(at: Tile, r: int, y):
                 slot = wg * size.staged + r % size.staged
@@ -212,7 +195,14 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
                 def copy(pixels: int):
                     plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, pixels)], out_g.at[here(at, rows(at, r), pixels)])
 
-                each(at, rows(at, r), copy)
+                # Rows without a transform go out as so many bytes, and those beyond the end of a row would be the next one's.
+                @pl.when(rows(at, r) < size.height)
+                def _():
+                    if rest == 0:
+                        copy(COLUMNS)
+                    else:
+                        lax.cond(at.column + COLUMNS > size.width, lambda: copy(rest), lambda: copy(COLUMNS))
+
                 if size.residual and r + size.staged < half:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     fetch_added(at, r + size.staged)
