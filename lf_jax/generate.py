@@ -16,10 +16,11 @@ import numpy as np
 from lf_jax import cache as kv
 from lf_jax import vae
 from lf_jax.arrays import Array, Float, Key, Leaf, UInt8
+from lf_jax.chunk import branches
 from lf_jax.config import Config, check
 from lf_jax.dit import WanDiT, text_cache
 from lf_jax.inputs import video_chunks
-from lf_jax.rollout import RolloutState, branches, initial_state, prefill
+from lf_jax.rollout import RolloutState, initial_state, prefill
 from lf_jax.rollout import stream as rollout_chunks
 from lf_jax.tokens import Grid
 from lf_jax.video import to_uint8

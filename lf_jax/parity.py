@@ -23,11 +23,12 @@ from lf_jax import attention, config
 from lf_jax import cache as kv
 from lf_jax.arrays import Array, Float
 from lf_jax.cache import ChunkKV, KVCache
+from lf_jax.chunk import branches, draws
 from lf_jax.config import Config, check
 from lf_jax.dit import TextCache, WanDiT, forward, text_cache
 from lf_jax.dit.block import Block, SelfAttention
 from lf_jax.dit.model import embed_time, over_layers, patchify, turns
-from lf_jax.rollout import branches, draws, initial_state, prefill, rollout
+from lf_jax.rollout import initial_state, prefill, rollout
 from lf_jax.tokens import Grid, chunk_lengths
 
 # Compiled once a process for every replay of one size.

@@ -10,11 +10,11 @@ import numpy as np
 
 from lf_jax import loading, presets, programs
 from lf_jax.arrays import Array, Float, Key, UInt8
+from lf_jax.chunk import branches
 from lf_jax.config import Config, check
 from lf_jax.generate import Chunk, StreamState, begin, fetch, generate
 from lf_jax.inputs import Pixels, check_runs, first_frames
 from lf_jax.noise import sample_key
-from lf_jax.rollout import branches
 from lf_jax.text import Embeddings, clean
 
 Seeds = int | np.integer | Sequence[int] | np.ndarray

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from lf_jax import cache, config, tokens
 from lf_jax.checkpoint import component
+from lf_jax.chunk import branches, compiled_chunk
 from lf_jax.config import Config
 from lf_jax.dit import text_cache
 from lf_jax.generate import DECODED_FRAMES, decode_pixels
 from lf_jax.inputs import video_chunks
-from lf_jax.rollout import branches, compiled_chunk, initial_state
+from lf_jax.rollout import initial_state
 
 
 @dataclasses.dataclass(frozen=True)

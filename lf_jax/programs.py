@@ -16,12 +16,13 @@ import jax.numpy as jnp
 
 from lf_jax import config, loading, text
 from lf_jax.checkpoint import abstract
+from lf_jax.chunk import branches, compiled_chunk, frame_shape, step_config
 from lf_jax.compilation import counted_hits
 from lf_jax.config import Config
 from lf_jax.dit import text_cache
 from lf_jax.generate import compiled_text_cache, decode_lengths, decode_pixels
 from lf_jax.inputs import video_chunks
-from lf_jax.rollout import branches, compiled_chunk, frame_shape, initial_state, step_config
+from lf_jax.rollout import initial_state
 
 Programs = Mapping[str, Callable[[], jax.stages.Lowered]]  # by name, and lowered when called
 

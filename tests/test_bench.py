@@ -10,8 +10,8 @@ from small import CONFIG
 
 from lf_jax import bench, bench_attention
 from lf_jax.bench import stages, video
+from lf_jax.chunk import compiled_chunk
 from lf_jax.cli import main
-from lf_jax.rollout import compiled_chunk
 from lf_jax.tokens import Grid
 
 

@@ -12,10 +12,10 @@ from small import CONFIG
 
 import lf_jax
 from lf_jax import checkpoint, cli, loading, pipeline, presets, vae
+from lf_jax.chunk import compiled_chunk
 from lf_jax.commands.outputs import recipe_of
 from lf_jax.config import Cache, Rollout, Sparsity
 from lf_jax.generate import fetch
-from lf_jax.rollout import compiled_chunk
 
 PROMPT = "a red ball"
 

@@ -24,7 +24,7 @@ LAYERS = [  # bottom first; the longest matching prefix places a module
     ["lf_jax.sparsity"],
     ["lf_jax.attention"],
     ["lf_jax.dit", "lf_jax.vae", "lf_jax.text"],
-    ["lf_jax.rollout", "lf_jax.checkpoint"],
+    ["lf_jax.chunk", "lf_jax.rollout", "lf_jax.checkpoint"],
     [
         "lf_jax.presets",
         "lf_jax.loading",

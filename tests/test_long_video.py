@@ -12,12 +12,13 @@ import small
 
 from lf_jax import plan, presets
 from lf_jax.checkpoint import component
+from lf_jax.chunk import compiled_chunk, next_chunk
 from lf_jax.config import Cache, Config
 from lf_jax.dit import text_cache
 from lf_jax.generate import decode_pixels
 from lf_jax.inputs import video_chunks
 from lf_jax.pipeline import with_frames
-from lf_jax.rollout import RolloutState, compiled_chunk, initial_state, next_chunk
+from lf_jax.rollout import RolloutState, initial_state
 from lf_jax.sparsity import chunk_budgets
 from lf_jax.tokens import Grid
 

@@ -1,7 +1,6 @@
 """A video of one chunk (the bidirectional models): the same numbers as with a cache, and neither cache nor context pass."""
 
 import dataclasses
-import sys
 from functools import partial
 
 import jax
@@ -15,10 +14,11 @@ from tiny_rollout import MODEL as SETTINGS
 
 from lf_jax import cache as kv
 from lf_jax import checkpoint, cli, plan, presets
+from lf_jax.chunk import branches, compiled_chunk
 from lf_jax.config import Cache, Rollout, Sparsity
 from lf_jax.dit import model as dit
 from lf_jax.generate import begin, generate
-from lf_jax.rollout import branches, compiled_chunk, fork, initial_state, prefill, rollout, stream
+from lf_jax.rollout import fork, initial_state, prefill, rollout, stream
 from lf_jax.tokens import Grid
 
 MODEL = make_model()
@@ -76,9 +76,7 @@ def test_every_block_of_one_chunk_is_full_attention(implementation):
 
 def test_no_pass_fills_a_cache_that_is_not_there(monkeypatch):
     traced = []
-    monkeypatch.setattr(
-        sys.modules[rollout.__module__], "one_pass", lambda *args: traced.append(args[1].shape) or dit.forward(*args)
-    )
+    monkeypatch.setattr("lf_jax.chunk.one_pass", lambda *args: traced.append(args[1].shape) or dit.forward(*args))
     config, text, noise = sparse("light_forcing"), text_of(ONE), draw(2, FRAMES, *FRAME)
 
     def passes(call, state):

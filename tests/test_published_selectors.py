@@ -11,7 +11,8 @@ import tiny_rollout as tiny
 from test_sparsity import SMALL, VIDEOS, Video, as_sets, key_blocks, means
 
 from lf_jax import config, sparsity
-from lf_jax.rollout import compiled_chunk, initial_state, stream
+from lf_jax.chunk import compiled_chunk
+from lf_jax.rollout import initial_state, stream
 from lf_jax.sparsity.clusters import MEMBERS, STEPS
 from lf_jax.tokens import Grid
 

@@ -21,9 +21,8 @@ def test_the_python_runs(tmp_path, monkeypatch):
 
 
 def test_the_commands_exist():
-    named = set(re.findall(r"lf-jax (\w+)", TEXT)) | set(
-        re.findall(r"`(\w+)`", TEXT.split("lists the commands:")[1].split("\n\n")[0])
-    )
+    table = TEXT.split("| command | |")[1].split("\n\n")[0]
+    named = set(re.findall(r"lf-jax (\w+)", TEXT)) | set(re.findall(r"`(\w+)`", table))
     assert set(COMMANDS) <= named and all(name in COMMANDS for name in re.findall(r"^lf-jax (\w+)", TEXT, re.MULTILINE))
 
 

@@ -13,9 +13,10 @@ from tiny_rollout import CONFIG, FRAME, SPARSE, change, draw, make_keys, make_mo
 from lf_jax import cache as kv
 from lf_jax import flow, rope, solvers
 from lf_jax import noise as seeded
+from lf_jax.chunk import denoise_chunk, draws
 from lf_jax.config import Cache
 from lf_jax.dit import model as dit
-from lf_jax.rollout import denoise_chunk, draws, initial_state, prefill, rollout
+from lf_jax.rollout import initial_state, prefill, rollout
 from lf_jax.tokens import Grid, chunk_lengths
 
 run = quick(rollout, static_argnames="config")

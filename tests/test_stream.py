@@ -11,8 +11,9 @@ from tiny_rollout import CONFIG, FRAME, SPARSE, change, draw, make_keys, make_mo
 from tiny_rollout import MODEL as SETTINGS
 
 from lf_jax import noise as seeded
+from lf_jax.chunk import compiled_chunk
 from lf_jax.dit import model as dit
-from lf_jax.rollout import RolloutState, compiled_chunk, fork, initial_state, prefill, rollout, stream
+from lf_jax.rollout import RolloutState, fork, initial_state, prefill, rollout, stream
 
 MODEL = make_model()
 TEXT = make_text(MODEL, 2)

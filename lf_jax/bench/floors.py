@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lf_jax import config, sparsity
+from lf_jax.chunk import branches, frame_shape
 from lf_jax.config import Config
 from lf_jax.inputs import video_chunks
-from lf_jax.rollout import branches, frame_shape
 from lf_jax.solvers import schedule
 from lf_jax.tokens import Grid
 

@@ -19,12 +19,13 @@ from lf_jax import noise as seeded
 from lf_jax import solvers
 from lf_jax.arrays import Array, Float, Int, Key
 from lf_jax.cache import KVCache
+from lf_jax.chunk import as_context, branches, commit_chunk, guided_velocity
 from lf_jax.config import Config, Sparsity, check
 from lf_jax.dit import TextCache, WanDiT
 from lf_jax.evaluate.probe import Reading, read
 from lf_jax.evaluate.statistics import nested, worst
 from lf_jax.inputs import video_chunks
-from lf_jax.rollout import as_context, branches, commit_chunk, guided_velocity, initial_state
+from lf_jax.rollout import initial_state
 from lf_jax.sparsity import Budget, chunk_budgets
 from lf_jax.tokens import Grid
 

@@ -21,18 +21,10 @@ from lf_jax import flow, solvers
 from lf_jax import noise as seeded
 from lf_jax.arrays import Array, Float, Int, Key
 from lf_jax.cache import ChunkKV, KVCache
+from lf_jax.chunk import as_context, branches, commit_chunk, frame_shape
 from lf_jax.config import Config, check
 from lf_jax.dit.model import TextCache, WanDiT, forward, text_cache
-from lf_jax.rollout import (
-    RolloutState,
-    as_context,
-    branches,
-    chunk_budget,
-    commit_chunk,
-    frame_shape,
-    initial_state,
-    over_chunks,
-)
+from lf_jax.rollout import RolloutState, chunk_budget, initial_state, over_chunks
 from lf_jax.sparsity import Budget
 from lf_jax.tokens import Grid, chunk_lengths
 

@@ -9,11 +9,12 @@ import pytest
 from tiny_rollout import change, draw, make_keys, make_model, make_text
 
 from lf_jax import flow, solvers, sparsity
+from lf_jax.chunk import commit_chunk
 from lf_jax.dit.model import embed_time, patchify, turns
 from lf_jax.evaluate import forcing
 from lf_jax.evaluate.policies import with_policy
 from lf_jax.inputs import video_chunks
-from lf_jax.rollout import commit_chunk, initial_state, stream
+from lf_jax.rollout import initial_state, stream
 from lf_jax.tokens import Grid
 
 BASE = change(

@@ -104,8 +104,8 @@ def test_full_size_names_match_one_to_one():
     shapes = checkpoint.shapes(part)
     pieces = rules.plan(umt5.rules(part), source, shapes)
     assert {piece.source: piece.shape for piece in pieces} == source and len(pieces) == 242
-    assert {(piece.source, piece.target, piece.layer) for piece in rules.pieces_of(umt5.rules(part), shapes)} == {
-        (piece.source, piece.target, piece.layer) for piece in pieces
+    assert {(piece.source, piece.target, piece.index) for piece in rules.pieces_of(umt5.rules(part), shapes)} == {
+        (piece.source, piece.target, piece.index) for piece in pieces
     }
     theirs = {piece.source: piece.shape for piece in rules.pieces_of(hf_umt5.rules(part), shapes)}
     assert len(theirs) == 242 and "encoder.embed_tokens.weight" not in theirs

@@ -12,8 +12,9 @@ from tiny_rollout import FRAME, MODEL, SPARSE, change, draw, make_model, quick
 
 from lf_jax import cache as kv
 from lf_jax import flow, presets
+from lf_jax.chunk import commit_chunk
 from lf_jax.dit import model as dit
-from lf_jax.rollout import commit_chunk, initial_state
+from lf_jax.rollout import initial_state
 from lf_jax.tokens import Grid
 from lf_jax.train.objectives import Distillation, Flow, distillation, ode_pairs
 from lf_jax.train.objectives.bidirectional import bidirectional, guided

@@ -13,8 +13,9 @@ from tiny_rollout import CONFIG, FRAME, MODEL, SPARSE, change, draw, make_keys, 
 from lf_jax import cache as kv
 from lf_jax import flow, rope
 from lf_jax import noise as seeded
+from lf_jax.chunk import frame_shape
 from lf_jax.dit import model as dit
-from lf_jax.rollout import frame_shape, initial_state, rollout
+from lf_jax.rollout import initial_state, rollout
 from lf_jax.tokens import Grid
 from lf_jax.train.rollouts import causal_pass, exit_gradient, self_rollout
 

@@ -47,7 +47,7 @@ def guided(
     timestep: Float[Array, "b f"],
     config: Config,
 ) -> Float[Array, "b f h w c"]:
-    """The velocity under classifier-free guidance, u + scale (c - u), as `rollout.guided_velocity` has it."""
+    """The velocity under classifier-free guidance, u + scale (c - u), as `chunk.guided_velocity` has it."""
     x, timestep, text = jnp.tile(x, (2, 1, 1, 1, 1)), jnp.tile(timestep, (2, 1)), jnp.concatenate([prompt, negative])
     conditional, unconditional = jnp.split(bidirectional(model, text, x, timestep, config), 2)
     return unconditional + scale * (conditional - unconditional)

@@ -10,9 +10,9 @@ import numpy as np
 from lf_jax import flow, solvers
 from lf_jax import noise as seeded
 from lf_jax.arrays import Array, Float, Key
+from lf_jax.chunk import frame_shape
 from lf_jax.config import Config, check
 from lf_jax.dit.model import WanDiT
-from lf_jax.rollout import frame_shape
 from lf_jax.tokens import chunk_lengths, latent_frames
 from lf_jax.train.objectives.bidirectional import guided
 from lf_jax.train.objectives.objective import (
