@@ -1,4 +1,4 @@
-"""Training of `world`, stage 2: the bidirectional teacher and the text encoder, on the latents of stage 1's autoencoder."""
+"""Training of `world`, stage 3: the bidirectional teacher and the text encoder, on the latents of stage 2's autoencoder."""
 
 import dataclasses
 

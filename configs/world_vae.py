@@ -1,4 +1,4 @@
-"""Training of `world`, stage 1: the autoencoder, on clips of 17 frames that are rendered on the way."""
+"""Training of `world`, stage 2: the autoencoder on clips of 17 frames, which have the pasts that frames of a video have."""
 
 from lf_jax import presets
 from lf_jax.train import Optimizer, Train
@@ -6,15 +6,16 @@ from lf_jax.train.data import World
 from lf_jax.train.objectives import Autoencoder
 
 TRAIN = Train(
-    objective=Autoencoder(),
-    data=World(frames=17),
+    objective=Autoencoder(l2=2.0, temporal=0.25),
+    data=World(frames=17, seed=1),
     optimizers={
         "model": Optimizer(
-            learning_rate=1e-3, betas=(0.9, 0.99), clip=1.0, warmup=200, decay="cosine", final=0.02, ema=0.998, ema_start=200
+            learning_rate=2e-4, betas=(0.9, 0.99), clip=1.0, warmup=50, decay="cosine", final=0.02, ema=0.995, ema_start=100
         )
     },
     config=presets.load("world"),
-    steps=3000,
+    init={"model": "runs/world_vae_short/model"},
+    steps=1500,
     batch=8,
     save_every=500,
     log_every=20,

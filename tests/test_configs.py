@@ -20,6 +20,7 @@ NUMBERS = {  # preset: tokens a frame, chunks, latent frames
     "wan_1_3b": (1560, 1, 21),
     "wan_14b": (3600, 1, 21),
     "world": (96, 7, 21),
+    "world_vae_short": (96, 7, 21),
     "world_vae": (96, 7, 21),
     "world_teacher": (96, 1, 21),
     "world_causal": (96, 7, 21),

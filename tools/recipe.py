@@ -60,6 +60,7 @@ def scoring(name: str, model: str, *more: str) -> Stage:
 
 ENCODING = ("latents", "--model", "runs/world_vae/model", "--data", "world", "--items", "10240", "--batch", "16")
 STAGES = (
+    training("world_vae_short"),
     training("world_vae"),
     Stage("world_latents", ENCODING, "manifest.json"),
     training("world_teacher"),
@@ -69,6 +70,7 @@ STAGES = (
     scoring("world_dense_eval", "world_dmd", "--policies", "dense"),  # what the last stage must not lose
     scoring("world_eval", "world_light_forcing"),
 )
+LAST, DENSE, OURS = STAGES[-3:]
 
 
 def run(stages: Sequence[Stage], minutes: float | None) -> int:
@@ -119,7 +121,7 @@ def assemble() -> None:
     Raises:
         ValueError: if its weights are larger than a model that ships may be.
     """
-    source = STAGES[5].folder / "model"
+    source = LAST.folder / "model"
     size = sum(path.stat().st_size for path in source.glob("*/*.safetensors"))
     check(size <= LARGEST, f"the weights in {source} have {size:,} bytes, expected at most {LARGEST:,}")
     with replaced_folder(MODEL) as partial:
@@ -129,7 +131,7 @@ def assemble() -> None:
 
 def card(size: int) -> str:
     """The model card: how the model was made and how good it is, all of it read from what the stages left behind."""
-    ours, dense = (json.loads((stage.folder / stage.result).read_text()) for stage in (STAGES[7], STAGES[6]))
+    ours, dense = (json.loads((stage.folder / stage.result).read_text()) for stage in (OURS, DENSE))
     facts = ours["facts"]
     seconds = [json.loads(line) for line in TIMES.read_text().splitlines()]
     rows = [stage_row(stage, sum(one["seconds"] for one in seconds if one["stage"] == stage.name)) for stage in STAGES]
