@@ -83,7 +83,7 @@ def test_gradients_at_full_size(name):
     batch = {
         "ids": jax.ShapeDtypeStruct((b, WORLD.text.length), jnp.int32),
         "lengths": jax.ShapeDtypeStruct((b,), jnp.int32),
-        "video": jax.ShapeDtypeStruct((b, getattr(stage.data, "frames", 17), *size, 3), jnp.float32),
+        "video": jax.ShapeDtypeStruct((b, getattr(stage.data, "frames", None) or 17, *size, 3), jnp.float32),
         "latents": jax.ShapeDtypeStruct((b, *latents), jnp.float32),
     }
     if "world_vae" not in name:
