@@ -18,12 +18,11 @@ A workload's name says: backward or not, live keys, share of the blocks kept, bl
 
 import argparse
 import dataclasses
-import pathlib
 import statistics
 from collections.abc import Sequence
 from functools import partial
 
-from pallas_kernels import platform, runs, timing, workloads
+from pallas_kernels import command, platform, runs, timing, workloads
 from pallas_kernels.worker import Worker, begin, one_line, survivors
 from pallas_kernels.workloads import Workload
 
@@ -87,11 +86,7 @@ def _line(workload: str, implementation: str, ms: str, tflops: str, sustained: s
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
-    given = parser.parse_args(arguments)
-    if given.repeats < 1:
-        parser.error(f"--repeats {given.repeats} must be positive")
-    if given.json is not None and not given.json.resolve().parent.is_dir():
-        parser.error(f"--json {given.json}: there is no folder {given.json.parent}")
+    given = command.parse(parser, arguments)
     names = given.workloads or [work.name for work in workloads.FORWARD]
     if given.backward:
         names += [work.name for work in workloads.BACKWARD]
@@ -129,8 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--implementations", nargs="+", choices=runs.NAMES, default=usual, help=known)
     option("--workloads", nargs="+", help="names or patterns with *; all forward ones if not given")
     parser.add_argument("--backward", action="store_true", help="add every backward workload")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds (default 7)")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="file for the figures, rewritten after each workload")
+    command.add_options(parser, 7, "file for the figures, rewritten after each workload")
     return parser
 
 

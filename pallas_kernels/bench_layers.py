@@ -19,8 +19,6 @@ A name says: operation, shape (tokens x inputs x outputs; frames x rows x column
 
 import argparse
 import dataclasses
-import fnmatch
-import pathlib
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platform, timing
+from pallas_kernels import command, platform, timing
 from pallas_kernels.operations import OPERATIONS, SMALL, Arrays, Operation, arguments, full
 from pallas_kernels.runs import Run
 from pallas_kernels.worker import Worker, begin, one_line, survivors
@@ -170,19 +168,13 @@ def chosen(patterns: Sequence[str], operations: Sequence[Operation]) -> list[Ope
     Raises:
         ValueError: for a pattern that matches none.
     """
-    for pattern in patterns:
-        if not any(fnmatch.fnmatch(operation.name, pattern) for operation in operations):
-            raise ValueError(f"no operation is called {pattern!r}; there are: {', '.join(op.name for op in operations)}")
-    return [op for op in operations if any(fnmatch.fnmatch(op.name, pattern) for pattern in patterns)]
+    known = {operation.name: operation for operation in operations}
+    return [known[name] for name in command.matching("operation", patterns, tuple(known))]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
-    given = parser.parse_args(arguments)
-    if given.repeats < 1:
-        parser.error(f"--repeats {given.repeats} must be positive")
-    if given.json is not None and not given.json.resolve().parent.is_dir():
-        parser.error(f"--json {given.json}: there is no folder {given.json.parent}")
+    given = command.parse(parser, arguments)
     try:
         operations = chosen(given.operations, SMALL if given.small else OPERATIONS)
     except ValueError as error:
@@ -212,10 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         "operations", nargs="*", default=["*"], metavar="NAME", help="names or patterns with *; all if not given"
     )
     parser.add_argument("--small", action="store_true", help="one of each kind at a small size, to try the command anywhere")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds (default 7)")
-    parser.add_argument(
-        "--json", type=pathlib.Path, metavar="FILE", help="file for the figures, rewritten after each operation"
-    )
+    command.add_options(parser, 7, "file for the figures, rewritten after each operation")
     return parser
 
 

@@ -12,17 +12,26 @@ Interval = tuple[float, float]  # begin and end, seconds
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Interval]]:
-    """Fills the list that it gives, on leaving, with the intervals of every kernel and copy of this process on a GPU; with
-    none where there is no GPU."""
+def profiled(host: int = 0) -> Iterator[list[ProfileData]]:
+    """Fills the list that it gives, on leaving, with what the profiler saw of the devices, and of the host at that level."""
     options = ProfileOptions()
-    options.host_tracer_level = options.python_tracer_level = 0
-    found: list[Interval] = []
+    options.host_tracer_level, options.python_tracer_level = host, 0
+    found: list[ProfileData] = []
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
             yield found
-        for file in pathlib.Path(folder).rglob("*.xplane.pb"):
-            found += intervals(ProfileData.from_file(str(file)))
+        found += [ProfileData.from_file(str(file)) for file in pathlib.Path(folder).rglob("*.xplane.pb")]
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Interval]]:
+    """Fills the list that it gives, on leaving, with the intervals of every kernel and copy of this process on a GPU; with
+    none where there is no GPU."""
+    found: list[Interval] = []
+    with profiled() as profiles:
+        yield found
+    for data in profiles:
+        found += intervals(data)
 
 
 def intervals(data: ProfileData) -> list[Interval]:

@@ -11,7 +11,6 @@ for blocks of B queries and K keys, the workloads "32256-*-BxK*" in the same run
 
 import argparse
 import itertools
-import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pallas_kernels import platform, runs, timing, tuned, workloads
+from pallas_kernels import command, platform, runs, timing, tuned, workloads
 from pallas_kernels.block_sparse.hopper_common import Config
 from pallas_kernels.worker import Worker, begin, one_line, survivors
 from pallas_kernels.workloads import Workload
@@ -117,11 +116,7 @@ def replaced(entries: Sequence[Mapping], entry: Mapping, *keys: str) -> list[Map
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
-    given = parser.parse_args(arguments)
-    if given.repeats < 1:
-        parser.error(f"--repeats {given.repeats} must be positive")
-    if given.json is not None and not given.json.resolve().parent.is_dir():
-        parser.error(f"--json {given.json}: there is no folder {given.json.parent}")
+    given = command.parse(parser, arguments)
     try:
         chosen = workloads.named(given.workloads)
         selections = [_selection(text, chosen) for text in given.selection]
@@ -215,8 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     option(
         "--selection", default=[], metavar="BxK=MS", help="milliseconds of selection for these block sizes: adds break-evens"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="rounds (default 5)")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="the table; that of this device if not given")
+    command.add_options(parser, 5, "the table; that of this device if not given")
     return parser
 
 

@@ -4,13 +4,13 @@ Frames of 1536 tokens are those of 512x768 pixels, frames of 1560 tokens those o
 """
 
 import dataclasses
-import fnmatch
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import command
 from pallas_kernels.block_sparse.types import BlockMap, Past
 
 LISTS = ("topk", "random", "full")
@@ -199,10 +199,4 @@ def named(patterns: Iterable[str]) -> list[Workload]:
     Raises:
         ValueError: for a pattern that matches none.
     """
-    wanted = set()
-    for pattern in patterns:
-        found = fnmatch.filter(WORKLOADS, pattern)
-        if not found:
-            raise ValueError(f"no workload is called {pattern!r}; there are: {', '.join(WORKLOADS)}")
-        wanted.update(found)
-    return [work for name, work in WORKLOADS.items() if name in wanted]
+    return [WORKLOADS[name] for name in command.matching("workload", patterns, tuple(WORKLOADS))]

@@ -4,15 +4,15 @@ The profiler names the HLO instruction that every kernel belongs to; the compile
 `op_name`, the path of scopes.
 """
 
-import pathlib
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import jax
-from jax.profiler import ProfileData, ProfileOptions
+from jax.profiler import ProfileData
+
+from pallas_kernels import trace
 
 Result = TypeVar("Result")
 
@@ -40,19 +40,15 @@ def compiled(program: jax.stages.Lowered) -> jax.stages.Compiled:
 
 def measure(program: jax.stages.Compiled, run: Callable[[], Result]) -> tuple[Result, dict[str, float]]:
     """What one `run()` of `program` gives, and the milliseconds on the device of each of its stages."""
-    options = ProfileOptions()
-    options.python_tracer_level = 0
-    options.host_tracer_level = 2 if jax.default_backend() == "cpu" else 0  # where the device is the host
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            result = jax.block_until_ready(run())
-        events = [event for file in pathlib.Path(folder).rglob("*.xplane.pb") for event in kernels(file)]
+    with trace.profiled(host=2 if jax.default_backend() == "cpu" else 0) as profiles:  # on a CPU the host is the device
+        result = jax.block_until_ready(run())
+    events = [event for data in profiles for event in kernels(data)]
     return result, attribute(events, instructions(program.as_text()))
 
 
-def kernels(file: pathlib.Path) -> Iterable[tuple[str, float]]:
+def kernels(data: ProfileData) -> Iterable[tuple[str, float]]:
     """The HLO instruction and the milliseconds of every event that has one."""
-    for plane in ProfileData.from_file(str(file)).planes:
+    for plane in data.planes:
         for line in plane.lines:
             for event in line.events:
                 instruction = dict(event.stats).get("hlo_op")

@@ -9,6 +9,7 @@ import numpy as np
 
 from pallas_kernels.block_sparse import hopper, reference, triton_backward, triton_forward, xla
 from pallas_kernels.block_sparse.types import BlockMap, Past
+from pallas_kernels.choice import choose, require
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -113,22 +114,12 @@ def check_block_map(blocks: BlockMap, key_blocks: int, frame_tokens: int | None 
 
 
 def _choose(q: jax.Array, blocks: BlockMap, past: Past | None, return_lse: bool, name: str | None) -> str:
-    if name is None:
-        can = explain(q, blocks, past, return_lse)
-        return next(n for n, choice in IMPLEMENTATIONS.items() if choice.automatic and can[n] is None)
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={name!r} must be one of {', '.join(IMPLEMENTATIONS)}, or None")
-    reason = IMPLEMENTATIONS[name].reason(q, blocks, past, return_lse)
-    if reason is not None:
-        raise NotImplementedError(f"block-sparse attention with implementation={name!r}: {reason}")
-    return name
+    can = explain(q, blocks, past, return_lse)
+    automatic = {n: reason for n, reason in can.items() if IMPLEMENTATIONS[n].automatic}
+    return choose("block-sparse attention", name, can, automatic)
 
 
 def _check(q: Any, k: Any, v: Any, blocks: BlockMap, past: Past | None, frame_tokens: int | None) -> None:
-    def require(holds: bool, rule: str) -> None:
-        if not holds:
-            raise ValueError(rule)
-
     size_q, size_k = blocks.block_q, blocks.block_k
     require(size_q > 0 and size_k > 0, f"{blocks.block_q=} and {blocks.block_k=} must be positive")
     require(q.ndim == 4 and q.size > 0, f"{q.shape=} must be [b, tq, head, e], nothing empty")

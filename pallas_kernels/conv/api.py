@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from pallas_kernels.choice import choose, require
 from pallas_kernels.conv import hopper, xla
 from pallas_kernels.conv.types import SIDE, Form
 
@@ -64,13 +65,10 @@ def convolve(
     _check(x, kernel, bias, past, residual, scale, eps, upsample)
     form, arrays = Form(upsample, scale is not None), (x, kernel, bias, past, residual, scale)
     if implementation is None:
-        chosen = explain(x, kernel, upsample=upsample, norm=form.norm)
-        return _run(next(name for name, why in chosen.items() if why is None), form, eps, *arrays)
-    _require(implementation in IMPLEMENTATIONS, f"{implementation=} must be one of {', '.join(IMPLEMENTATIONS)}, or None")
-    reason = IMPLEMENTATIONS[implementation].reason(x, kernel, form)
-    if reason is not None:
-        raise NotImplementedError(f"convolution with {implementation=}: {reason}")
-    return IMPLEMENTATIONS[implementation].run(*arrays, form, eps)
+        can = explain(x, kernel, upsample=upsample, norm=form.norm)
+        return _run(choose("convolution", None, can), form, eps, *arrays)
+    can = {name: choice.reason(x, kernel, form) for name, choice in IMPLEMENTATIONS.items()}
+    return IMPLEMENTATIONS[choose("convolution", implementation, can)].run(*arrays, form, eps)
 
 
 def explain(x: Any, kernel: Any, *, upsample: bool = False, norm: bool = False) -> dict[str, str | None]:
@@ -101,11 +99,11 @@ _run.defvjp(_forward, _backward)
 
 
 def _check(x, kernel, bias, past, residual, scale, eps, upsample) -> None:
-    _require(x.ndim == 5, f"{x.shape=} must be [b, f, h, w, c]")
+    require(x.ndim == 5, f"{x.shape=} must be [b, f, h, w, c]")
     b, f, h, w, c = x.shape
     taps, sides = 1 if past is None else PAST + 1, (SIDE,) if upsample else (1, SIDE)
     fits = kernel.ndim == 5 and kernel.shape[:4] in [(taps, side, side, c) for side in sides]
-    _require(fits, f"{kernel.shape=} must be [{taps}, side, side, {c}, out] with a side of {' or '.join(map(str, sides))}")
+    require(fits, f"{kernel.shape=} must be [{taps}, side, side, {c}, out] with a side of {' or '.join(map(str, sides))}")
     out = kernel.shape[-1]
     image = (b, f, 2 * h, 2 * w, out) if upsample else (b, f, h, w, out)
     fitting = {
@@ -115,11 +113,6 @@ def _check(x, kernel, bias, past, residual, scale, eps, upsample) -> None:
         "past": (past, (b, PAST, h, w, c)),
     }
     for name, (array, expected) in fitting.items():
-        _require(array is None or array.shape == expected, f"{name} must be {expected}, received {getattr(array, 'shape', '')}")
-    _require((scale is None) == (eps is None), "scale and eps go together")
-    _require(past is None or not upsample, "upsample goes without a past")
-
-
-def _require(holds: bool, rule: str) -> None:
-    if not holds:
-        raise ValueError(rule)
+        require(array is None or array.shape == expected, f"{name} must be {expected}, received {getattr(array, 'shape', '')}")
+    require((scale is None) == (eps is None), "scale and eps go together")
+    require(past is None or not upsample, "upsample goes without a past")

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from pallas_kernels.choice import choose, require
 from pallas_kernels.fused import triton, xla
 from pallas_kernels.fused.types import Layout
 from pallas_kernels.linear.types import Quantised
@@ -53,8 +54,8 @@ def norm_modulate(
     b, t, d = x.shape
     frames = shift.shape[1]
     for name, vector in (("shift", shift), ("scale", scale)):
-        _require(vector.shape == (b, frames, d), f"{name}.shape={vector.shape} must be [{b}, frame, {d}]")
-    _require(t % frames == 0, f"{x.shape=} must have the tokens of {frames} frames")
+        require(vector.shape == (b, frames, d), f"{name}.shape={vector.shape} must be [{b}, frame, {d}]")
+    require(t % frames == 0, f"{x.shape=} must have the tokens of {frames} frames")
     return _norm(x, shift, scale, 1.0, eps, quantise, implementation)
 
 
@@ -71,7 +72,7 @@ def layer_norm(
     Returns and raises as `norm_modulate`.
     """
     for name, vector in (("weight", weight), ("bias", bias)):
-        _require(vector.shape == x.shape[2:], f"{name}.shape={vector.shape} must be {x.shape[2:]}")
+        require(vector.shape == x.shape[2:], f"{name}.shape={vector.shape} must be {x.shape[2:]}")
     return _norm(x, bias[None, None], weight[None, None], 0.0, eps, quantise, implementation)
 
 
@@ -122,15 +123,15 @@ def norm_rope(
     """
     t, (d,) = x.shape[1], weight.shape
     parts, over = divmod(x.shape[2], d)
-    _require(over == 0 and 0 <= part < parts, f"{x.shape=} must hold whole parts as wide as weight, {d}, and {part=} be one")
-    _require(d % heads == 0, f"{heads=} must divide {d}")
-    _require((cos is None) == (sin is None), "cos and sin go together")
+    require(over == 0 and 0 <= part < parts, f"{x.shape=} must hold whole parts as wide as weight, {d}, and {part=} be one")
+    require(d % heads == 0, f"{heads=} must divide {d}")
+    require((cos is None) == (sin is None), "cos and sin go together")
     for name, table in (("cos", cos), ("sin", sin)):
         half = f"{name}.shape={getattr(table, 'shape', None)} must be [{t}, {d / heads / 2:g}]"
-        _require(table is None or (table.shape[0], 2 * table.shape[1]) == (t, d // heads), half)
-    _require(block is None or block > 0, f"{block=} must be positive")
-    _require(block is not None or frame_tokens is None, f"{frame_tokens=} needs a block")
-    _require(frame_tokens is None or t % frame_tokens == 0, f"{x.shape=} must have whole frames of {frame_tokens} tokens")
+        require(table is None or (table.shape[0], 2 * table.shape[1]) == (t, d // heads), half)
+    require(block is None or block > 0, f"{block=} must be positive")
+    require(block is not None or frame_tokens is None, f"{frame_tokens=} needs a block")
+    require(frame_tokens is None or t % frame_tokens == 0, f"{x.shape=} must have whole frames of {frame_tokens} tokens")
     tokens = frame_tokens or t
     layout = Layout(t // tokens, tokens, block, padded=frame_tokens is not None and tokens % block > 0)
     chosen = _chosen(implementation, d, None if cos is None else d // heads, False).norm_rope
@@ -171,15 +172,4 @@ def _differentiable(run: Callable, reference: Callable, *arrays: Any) -> Any:
 
 
 def _chosen(name: str | None, *call: Any) -> Implementation:
-    can = explain(*call)
-    if name is None:
-        name = next(n for n, reason in can.items() if reason is None)
-    _require(name in can, f"implementation={name!r} must be one of {', '.join(can)}, or None")
-    if can[name] is not None:
-        raise NotImplementedError(f"fused with implementation={name!r}: {can[name]}")
-    return IMPLEMENTATIONS[name]
-
-
-def _require(holds: bool, rule: str) -> None:
-    if not holds:
-        raise ValueError(rule)
+    return IMPLEMENTATIONS[choose("fused", name, explain(*call))]

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.choice import choose, require
 from pallas_kernels.linear import hopper, types, xla
 from pallas_kernels.linear.types import FLOAT8, Quantised
 
@@ -77,14 +78,10 @@ def linear(
     x, w, bias, gate, residual = _for_inference((x, w, bias, gate, residual))
     tokens = None if gate is None else x.values.shape[1] // gate.shape[1]
     can = explain(w.values.shape[-1], w.values.shape[-2], tokens, None if quantise else dtype)
-    if implementation is None:
-        implementation = next(name for name, reason in can.items() if reason is None)
-    _require(implementation in can, f"implementation={implementation!r} must be one of {', '.join(can)}, or None")
-    if can[implementation] is not None:
-        raise NotImplementedError(f"linear with implementation={implementation!r}: {can[implementation]}")
+    choice = choose("linear", implementation, can)
     if quantise and reach is None:
         reach = types.reach(w, bias)
-    run = IMPLEMENTATIONS[implementation].run
+    run = IMPLEMENTATIONS[choice].run
     return run(x, w, bias, layer, activation=activation, gate=gate, residual=residual, reach=reach, dtype=dtype)
 
 
@@ -111,45 +108,40 @@ def _no_gradient(arrays, tangents):
 
 def _check(x, w, bias, layer, activation, gate, residual, quantise, reach, dtype) -> None:
     for name, rows in (("x", x), ("w", w)):
-        _require(rows.values.dtype == FLOAT8, f"{name}.values must be float8_e4m3fn, received {rows.values.dtype}")
-        _require(rows.scale.dtype == jnp.float32, f"{name}.scale must be float32, received {rows.scale.dtype}")
+        require(rows.values.dtype == FLOAT8, f"{name}.values must be float8_e4m3fn, received {rows.values.dtype}")
+        require(rows.scale.dtype == jnp.float32, f"{name}.scale must be float32, received {rows.scale.dtype}")
         shape = rows.values.shape[:-1]
-        _require(
+        require(
             rows.scale.shape == shape, f"{name}.scale.shape={rows.scale.shape} must be {shape}, of the rows of {name}.values"
         )
     shape, stack = w.values.shape, () if layer is None else w.values.shape[:1]
-    _require(
+    require(
         len(shape) == 2 + (layer is not None),
         f"{w.values.shape=} must be {'[out, in] without layer' if layer is None else '[layer, out, in] with layer'}",
     )
     if layer is not None:
-        _require(jnp.ndim(layer) == 0, f"layer must be a scalar, received shape {jnp.shape(layer)}")
+        require(jnp.ndim(layer) == 0, f"layer must be a scalar, received shape {jnp.shape(layer)}")
     out, inputs = shape[-2:]
-    _require(x.values.size > 0 and x.values.shape[-1] == inputs, f"{x.values.shape=} must be [..., {inputs}], nothing empty")
-    _require(bias.shape == (*stack, out), f"{bias.shape=} must be {(*stack, out)}")
-    _require(activation in ACTIVATIONS, f"{activation=} must be one of {', '.join(map(repr, ACTIVATIONS))}")
-    _require(dtype in (jnp.bfloat16, jnp.float32), f"dtype={dtype.name} must be bfloat16 or float32")
+    require(x.values.size > 0 and x.values.shape[-1] == inputs, f"{x.values.shape=} must be [..., {inputs}], nothing empty")
+    require(bias.shape == (*stack, out), f"{bias.shape=} must be {(*stack, out)}")
+    require(activation in ACTIVATIONS, f"{activation=} must be one of {', '.join(map(repr, ACTIVATIONS))}")
+    require(dtype in (jnp.bfloat16, jnp.float32), f"dtype={dtype.name} must be bfloat16 or float32")
     whole = (*x.values.shape[:-1], out)
     if residual is not None:
-        _require(residual.shape == whole, f"{residual.shape=} must be {whole}")
-        _require(residual.dtype == dtype, f"{residual.dtype=} must be {dtype=}")
-        _require(not quantise, "quantise=True goes without a residual")
-        _require(activation is None, f"{activation=} goes without a residual")
+        require(residual.shape == whole, f"{residual.shape=} must be {whole}")
+        require(residual.dtype == dtype, f"{residual.dtype=} must be {dtype=}")
+        require(not quantise, "quantise=True goes without a residual")
+        require(activation is None, f"{activation=} goes without a residual")
     if gate is not None:
-        _require(residual is not None, "gate goes with a residual")
-        _require(len(whole) == 3, f"{x.values.shape=} must be [b, t, in] where there is a gate")
-        _require(
+        require(residual is not None, "gate goes with a residual")
+        require(len(whole) == 3, f"{x.values.shape=} must be [b, t, in] where there is a gate")
+        require(
             gate.ndim == 3 and gate.shape[::2] == (whole[0], out) and whole[1] % gate.shape[1] == 0,
             f"{gate.shape=} must be [{whole[0]}, f, {out}], f frames of equally many of the {whole[1]} tokens",
         )
     if reach is not None:
-        _require(quantise, "reach goes with quantise=True")
-        _require(
+        require(quantise, "reach goes with quantise=True")
+        require(
             reach.shape == (*stack, 2) and reach.dtype == jnp.float32,
             f"reach must be float32 {(*stack, 2)}, received {reach.dtype} {reach.shape}",
         )
-
-
-def _require(holds: bool, rule: str) -> None:
-    if not holds:
-        raise ValueError(rule)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse.types import BlockMap
+from pallas_kernels.choice import choose, require
 from pallas_kernels.selection import triton, xla
 from pallas_kernels.selection.types import Rule
 
@@ -40,9 +41,9 @@ def block_means(x: jax.Array, sizes: Sequence[int], block: int, *, implementatio
         ValueError: for sizes that do not fit the tokens, or an unknown implementation.
         NotImplementedError: if the named implementation cannot run this call, with the reason.
     """
-    _require(all(0 < size <= block for size in sizes), f"{sizes=} must lie in 1..{block}, the tokens of a block")
+    require(all(0 < size <= block for size in sizes), f"{sizes=} must lie in 1..{block}, the tokens of a block")
     least, most = (len(sizes) - 1) * block + sizes[-1], len(sizes) * block
-    _require(least <= x.shape[1] <= most, f"{x.shape=} must have {least} to {most} tokens for {len(sizes)} blocks of {block}")
+    require(least <= x.shape[1] <= most, f"{x.shape=} must have {least} to {most} tokens for {len(sizes)} blocks of {block}")
     return _chosen(implementation, x.shape[3], 1, 1).means(x, tuple(sizes), block)
 
 
@@ -76,14 +77,14 @@ def block_scores(
     """
     b, _, heads, e = queries.shape
     cached = 0 if past is None else past.shape[2]
-    _require(keys.shape[:1] + keys.shape[2:] == (b, heads, e), f"{keys.shape=} must be [{b}, key_block, {heads}, {e}]")
-    _require((past is None) == (layer is None), "past and layer go together")
+    require(keys.shape[:1] + keys.shape[2:] == (b, heads, e), f"{keys.shape=} must be [{b}, key_block, {heads}, {e}]")
+    require((past is None) == (layer is None), "past and layer go together")
     if past is not None:
-        _require(past.shape[1:] == (b, cached, heads, e), f"{past.shape=} must be [layer, {b}, key_block, {heads}, {e}]")
+        require(past.shape[1:] == (b, cached, heads, e), f"{past.shape=} must be [layer, {b}, key_block, {heads}, {e}]")
     every = cached + keys.shape[1]
-    _require(order.shape == (every,), f"{order.shape=} must name {every} key blocks")
+    require(order.shape == (every,), f"{order.shape=} must name {every} key blocks")
     for name, array in (("queries", queries), ("keys", keys), ("past", past)):
-        _require(array is None or array.dtype == jnp.float32, f"{name} must be float32, received {getattr(array, 'dtype', '')}")
+        require(array is None or array.dtype == jnp.float32, f"{name} must be float32, received {getattr(array, 'dtype', '')}")
     return _chosen(implementation, e, 1, 1).scores(queries, keys, order, past, layer)
 
 
@@ -130,17 +131,17 @@ def choose_blocks(
         NotImplementedError: if the named implementation cannot run this call, with the reason.
     """
     blocks, frame_blocks = scores.shape[-1], -(-frame_tokens // block_k)
-    _require(
+    require(
         scores.ndim == 4 and scores.dtype == jnp.float32,
         f"scores must be float32 [b, head, query_block, key_block], received {scores.dtype} {scores.shape}",
     )
-    _require(order.shape == (blocks,), f"{order.shape=} must name {blocks} key blocks")
-    _require(blocks % frame_blocks == 0, f"{blocks} key blocks must be whole frames of {frame_blocks}")
-    _require(
+    require(order.shape == (blocks,), f"{order.shape=} must name {blocks} key blocks")
+    require(blocks % frame_blocks == 0, f"{blocks} key blocks must be whole frames of {frame_blocks}")
+    require(
         0 <= cached < blocks and cached % frame_blocks == 0, f"{cached=} must be whole frames of {frame_blocks} in {blocks}"
     )
-    _require(width >= blocks - cached, f"{width=} must hold the {blocks - cached} key blocks of a first chunk")
-    _require(
+    require(width >= blocks - cached, f"{width=} must hold the {blocks - cached} key blocks of a first chunk")
+    require(
         keep_frames is None or keep_frames > sink_frames + near_frames,
         f"{keep_frames=} must exceed {sink_frames=} + {near_frames=}",
     )
@@ -162,15 +163,4 @@ def explain(head_dim: int | None, frames: int, frame_blocks: int) -> dict[str, s
 
 
 def _chosen(name: str | None, *call: Any) -> Implementation:
-    can = explain(*call)
-    if name is None:
-        name = next(n for n, reason in can.items() if reason is None)
-    _require(name in can, f"implementation={name!r} must be one of {', '.join(can)}, or None")
-    if can[name] is not None:
-        raise NotImplementedError(f"selection with implementation={name!r}: {can[name]}")
-    return IMPLEMENTATIONS[name]
-
-
-def _require(holds: bool, rule: str) -> None:
-    if not holds:
-        raise ValueError(rule)
+    return IMPLEMENTATIONS[choose("selection", name, explain(*call))]
