@@ -1,7 +1,7 @@
 """Block-sparse attention for Hopper (compute capability 9.0), forward, in Mosaic GPU.
 
-A thread block serves 128 queries of one head with three warpgroups: warps of the third walk the block lists and start the
-copies, the other two each hold 64 queries and multiply. What makes it fast:
+A thread block serves 128 queries of one head at a time with three warpgroups: warps of the third walk the block lists and
+start the copies, the other two each hold 64 queries and multiply. What makes it fast:
 
 * Key blocks of 64 or 32 are gathered: two or four list entries fill one tile of 128 keys, so the tensor cores always see the
   shape that suits them, and fine selection costs nothing.
@@ -9,6 +9,8 @@ copies, the other two each hold 64 queries and multiply. What makes it fast:
   a pair of barriers keeps the softmax of one beside the products of the other.
 * The last wave of thread blocks rarely fills the GPU. Its heads are cut along their lists into parts that do, and the parts
   are joined by their log-sum-exps.
+* Thread blocks stay and take item after item, so that the queries, keys and values of the next are on their way while one
+  ends.
 * Keys come from two places, the stacked cache and the chunk, told apart entry by entry: nothing is copied together.
 """
 
@@ -20,7 +22,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse.hopper_common import LOG2E, ROW, ROWS, SWIZZLED, Config, across, aligned, dot, kernel, zeros
+from pallas_kernels.block_sparse.hopper_common import (
+    LOG2E,
+    MATRIX,
+    ROW,
+    ROWS,
+    SWIZZLED,
+    Config,
+    across,
+    aligned,
+    dot,
+    kernel,
+    load,
+    zeros,
+)
 from pallas_kernels.block_sparse.hopper_join import join
 from pallas_kernels.block_sparse.hopper_walk import QUERIES, Walk
 from pallas_kernels.block_sparse.types import BlockMap, Past
@@ -43,23 +58,44 @@ def forward(
     `hopper.reason` says what they may be."""
     walk = Walk(q, k, v, blocks, past, frame_tokens, config)
     D, dtype, tile, interpreted = walk.e, q.dtype, walk.tile, config.interpret is not None
+    near = ROWS if walk.streams == 1 else 0  # columns of the queries that stay in registers: shared memory has enough to do
+    ahead = int(config.stages * D <= 256)  # items whose queries are there before their turn: 1, where there is room for it
 
     def body(q_g, *refs):
         arrays, (o_g, lse_g, part_g, part_lse_g, q_s, lse_s, q_full, turn, *moving) = refs[:8], refs[8:]
         *_, index_g, count_g, whole_g = arrays
         k_s, v_s, k_full, v_full, k_free, v_free = moving
-        item, wg = walk.item(), lax.axis_index("wg")
+        block, wg = lax.axis_index("block"), lax.axis_index("wg")
+        stream = wg if walk.streams == 2 else 0
 
-        @pl.when(wg < 2)
-        def consumer():
-            plgpu.set_max_registers(232, action="increase")
-            stream = wg if walk.streams == 2 else 0
-            mine, my_part = pl.ds(item.at * QUERIES + wg * ROWS, ROWS), pl.ds(wg * ROWS, ROWS)
-            qs = q_s.at[wg]
-            plgpu.copy_gmem_to_smem(q_g.at[item.b, mine, item.h], qs, q_full.at[wg])
-            stretch = walk.stretch(item, stream, count_g)
-            n, slot = stretch.n, functools.partial(walk.slot, stream)
-            clean = walk.clean(item, stretch, whole_g, least=1)
+        def take(number):
+            return walk.item(block + number * walk.blocks)
+
+        def rows(item):
+            return pl.ds(item.at * QUERIES + wg * ROWS, ROWS)
+
+        def held(number):
+            """Where the queries of an item are, and the barrier that says so."""
+            at = lax.rem(number, ahead + 1)
+            return q_s.at[at, wg], q_full.at[2 * at + wg]
+
+        def fetch(number):
+            item = take(number)
+            plgpu.copy_gmem_to_smem(q_g.at[item.b, rows(item), item.h], *held(number))
+
+        def consumer(number, carry, turns):
+            """The item after `number` others, of so many turns. Tiles are counted through: its first is `begin`."""
+            (begin, entries), item, (qs, arrived) = carry, take(number), held(number)
+            mine, my_part = rows(item), pl.ds(wg * ROWS, ROWS)
+            stretch = walk.stretch(item, stream, entries)
+            end, clean = begin + stretch.n, begin + walk.clean(item, stretch, whole_g, least=1)
+            following = walk.entries(take(lax.min(number + 1, turns - 1)), stream, count_g)  # early, as it takes a while
+            slot = functools.partial(walk.slot, stream)
+
+            def make_room():
+                """For what is stored, and for the queries that take its place."""
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
+                pl.when(number + ahead < turns)(lambda: fetch(number + ahead))
 
             def my_turn():
                 if walk.streams == 1:  # streams differ in length, so their consumers cannot take turns
@@ -84,14 +120,12 @@ def forward(
                     plgpu.copy_smem_to_gmem(qs, part_g.at[item.number, my_part])
                     plgpu.copy_smem_to_gmem(lse_s.at[wg], part_lse_g.at[item.number, my_part])
 
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
             def row(value):
                 filled = jnp.full((ROWS,), value, jnp.float32)
                 return filled if interpreted else plgpu.layout_cast(filled, ROW)
 
             def ends(i):
-                return walk.ends(i, item, stretch, index_g)
+                return walk.ends(i - begin, item, stretch, index_g)
 
             def softmax(s, m, z):
                 """New row maximum (base 2), row sum, factor of what is summed already, and weights."""
@@ -100,20 +134,27 @@ def forward(
                 p = jnp.exp2(s * (scale * LOG2E) - across(peak, s.shape, 0))
                 return peak, z * alpha + p.sum(axis=1), alpha, p
 
-            def first_scores():
+            def scores(s_ref, left, at, width=tile):
+                if near:
+                    plgpu.wgmma(s_ref, left, k_s.at[at, pl.ds(0, width), pl.ds(0, near)].T)
+                if near < D:
+                    far = pl.ds(near, D - near)
+                    plgpu.wgmma(s_ref, qs.at[:, far], k_s.at[at, pl.ds(0, width), far].T)
+
+            def first_scores(left):
                 if interpreted:
-                    s = dot(qs[...], k_s[slot(0)], 1)
+                    s = dot(qs[...], k_s[slot(begin)], 1)
                     plgpu.commit_smem()  # reads that a later copy overwrites: the tensor cores need no such fence
                     return s
 
                 def product(s_ref):
-                    plgpu.wgmma(s_ref, qs, k_s.at[slot(0)].T)
+                    scores(s_ref, left, slot(begin))
                     return s_ref[...]
 
                 return pl.run_scoped(product, plgpu.ACC((ROWS, tile), jnp.float32))
 
             def last_values(acc, p):
-                before, (_, width) = slot(n - 1), p.shape
+                before, (_, width) = slot(end - 1), p.shape
                 values = v_s.at[before, pl.ds(0, width)]
                 plgpu.barrier_wait(v_full.at[before])
                 if interpreted:
@@ -124,7 +165,7 @@ def forward(
                 plgpu.barrier_arrive(v_free.at[before])
                 return acc
 
-            def step(i, carry, masked, width=tile):
+            def step(i, carry, left, masked, width=tile):
                 """Scores of tile i, its first `width` keys, beside the values of tile i - 1."""
                 acc, m, z, p16 = carry
                 now, before = slot(i), slot(i - 1)
@@ -146,7 +187,7 @@ def forward(
                         acc_ref, *new_refs = refs
 
                         def inner(s_ref):
-                            plgpu.wgmma(s_ref, qs, keys.T)
+                            scores(s_ref, left, now, width)
                             plgpu.barrier_wait(v_full.at[before])
                             plgpu.wgmma(acc_ref, p16, v_s.at[before])
                             your_turn()
@@ -166,29 +207,35 @@ def forward(
                 # Rounded after the wait: rounded earlier, every product would be serialised.
                 return acc * across(alpha, acc.shape, 0), m, z, p.astype(dtype)
 
-            plgpu.barrier_wait(q_full.at[wg])
+            if not ahead:
+                make_room()
+            plgpu.barrier_wait(arrived)
 
-            @pl.when(n == 0)
+            @pl.when(end == begin)
             def _():
+                if ahead:
+                    make_room()
                 store(zeros((ROWS, D), config), row(-jnp.inf))
 
-            @pl.when(n > 0)
+            @pl.when(end > begin)
             def attend():
-                first = ends(0)
-                if walk.streams == 1:
-                    pl.when(wg == 1)(lambda: plgpu.barrier_wait(turn.at[1]))  # the first warpgroup goes first
-                plgpu.barrier_wait(k_full.at[slot(0)])
-                s = first_scores()
-                plgpu.barrier_arrive(k_free.at[slot(0)])
+                first = ends(begin)
+                left = load(qs.at[:, pl.ds(0, near)], MATRIX) if near and not interpreted else None
+                pl.when(wg == 1)(my_turn)  # the first warpgroup goes first
+                plgpu.barrier_wait(k_full.at[slot(begin)])
+                s = first_scores(left)
+                plgpu.barrier_arrive(k_free.at[slot(begin)])
                 your_turn()
                 m, z, _, p = softmax(walk.masked(s, first), row(LOWEST), row(0))
+                if ahead:
+                    make_room()  # so late, what the item before stored has been read
                 carry = (zeros((ROWS, D), config), m, z, p.astype(dtype))
                 half = walk.half(stretch) if walk.halves else 0
-                carry = lax.fori_loop(1, clean, functools.partial(step, masked=False), carry)
-                acc, m, z, p16 = lax.fori_loop(clean, n - half, functools.partial(step, masked=True), carry)
+                carry = lax.fori_loop(begin + 1, clean, functools.partial(step, left=left, masked=False), carry)
+                acc, m, z, p16 = lax.fori_loop(clean, end - half, functools.partial(step, left=left, masked=True), carry)
 
                 def half_tile(_, sums):
-                    acc, m, z, p16_half = step(n - 1, (*sums, p16), masked=True, width=tile // 2)
+                    acc, m, z, p16_half = step(end - 1, (*sums, p16), left, masked=True, width=tile // 2)
                     return last_values(acc, p16_half), m, z
 
                 if walk.halves:
@@ -196,31 +243,40 @@ def forward(
                     acc = lax.fori_loop(half, 1, lambda _, acc: last_values(acc, p16), acc)
                 else:
                     acc = last_values(acc, p16)
-                if walk.streams == 1:
-                    pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))  # nobody may arrive unseen
+                pl.when(wg == 0)(my_turn)  # nobody may arrive unseen
                 inverse = 1 / jnp.maximum(z, 1 / -LOWEST)  # a part may have dead keys only: z is 0, and what it sums
                 store(acc * across(inverse, acc.shape, 0), m * (1 / LOG2E) + jnp.log(z))
 
+            return end, following
+
+        @pl.when(wg < 2)
+        def consumers():
+            plgpu.set_max_registers(240, action="increase")
+            if ahead:
+                fetch(0)
+            turns, start = walk.turns(block, walk.blocks), (jnp.int32(0), walk.entries(take(0), stream, count_g))
+            lax.fori_loop(0, turns, functools.partial(consumer, turns=turns), start)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
         @pl.when(wg == 2)
         def producer():
-            plgpu.set_max_registers(40, action="decrease")
-            walk.produce(item, arrays, *moving)
+            plgpu.set_max_registers(24, action="decrease")
+            walk.produce(block, walk.blocks, arrays, *moving)
 
-    cut_items, pairs = max(walk.cut_items, 1), plgpu.Barrier(num_barriers=2)
+    cut_items, turns = max(walk.cut_items, 1), plgpu.Barrier(num_barriers=2)
+    queries = plgpu.SMEM((ahead + 1, 2, ROWS, D), dtype, transforms=SWIZZLED)
+    arrived = plgpu.Barrier(num_barriers=2 * (ahead + 1))
     out, lse, part, part_lse = kernel(
         body,
         config,
-        grid=walk.grid,
+        grid={"block": walk.blocks},
         out_type=(
             jax.ShapeDtypeStruct(q.shape, dtype),
             jax.ShapeDtypeStruct((walk.batch, walk.heads, aligned(walk.tq)), jnp.float32),
             jax.ShapeDtypeStruct((cut_items, QUERIES, D), dtype),
             jax.ShapeDtypeStruct((cut_items, QUERIES), jnp.float32),
         ),
-        scratch_types=[
-            *(plgpu.SMEM((2, ROWS, D), dtype, transforms=SWIZZLED), plgpu.SMEM((2, ROWS), jnp.float32), pairs, pairs),
-            *walk.scratch(),
-        ],
+        scratch_types=[queries, plgpu.SMEM((2, ROWS), jnp.float32), arrived, turns, *walk.scratch()],
     )(q, *walk.arrays)
     out, lse = join(walk, (out, lse), (part, part_lse))
     return out, lse[:, :, : walk.tq]

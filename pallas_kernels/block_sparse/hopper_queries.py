@@ -22,7 +22,8 @@ def queries(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, con
         arrays, (dq_g, part_g, q_s, do_s, stats_s, q_full, *moving) = refs[:8], refs[8:]
         *_, index_g, count_g, whole_g = arrays
         k_s, v_s, k_full, v_full, k_free, v_free = moving
-        item, wg = walk.item(), lax.axis_index("wg")
+        index, wg = lax.axis_index("item"), lax.axis_index("wg")
+        item = walk.item(index)
 
         @pl.when(wg < 2)
         def consumer():
@@ -34,7 +35,7 @@ def queries(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, con
                 plgpu.copy_gmem_to_smem(array.at[item.b, mine, item.h], held, q_full.at[wg])
             for i, array in enumerate((lse_g, delta_g)):
                 plgpu.copy_gmem_to_smem(array.at[item.b, item.h, mine], stats_s.at[wg, i], q_full.at[wg])
-            stretch = walk.stretch(item, stream, count_g)
+            stretch = walk.stretch(item, stream, walk.entries(item, stream, count_g))
             clean = walk.clean(item, stretch, whole_g, least=0)
 
             def store(dq):
@@ -106,13 +107,13 @@ def queries(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, con
         @pl.when(wg == 2)
         def producer():
             plgpu.set_max_registers(24, action="decrease")
-            walk.produce(item, arrays, *moving)
+            walk.produce(index, walk.items, arrays, *moving)
 
     held = plgpu.SMEM((2, ROWS, D), dtype, transforms=SWIZZLED)
     dq, part = kernel(
         body,
         config,
-        grid=walk.grid,
+        grid={"item": walk.items},
         out_type=(
             jax.ShapeDtypeStruct(q.shape, dtype),
             jax.ShapeDtypeStruct((max(walk.cut_items, 1), QUERIES, D), jnp.float32),

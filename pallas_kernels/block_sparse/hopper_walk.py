@@ -4,12 +4,14 @@ The lists are walked in tiles. Query blocks of 128 have one list for both consum
 blocks of 64 have a *stream* of their own for each warpgroup, in tiles of 64 keys. A tile is filled with *pieces*: several
 list entries where key blocks are smaller than a tile, a part of one where they are larger.
 
-Thread blocks take items. The last wave of them rarely fills the GPU, so the heads that reach into it are cut along their
-lists into `parts`, each an item of its own, and joined afterwards (`hopper_join`).
+Thread blocks take items, one after the other. The last wave of them rarely fills the GPU, so the heads that reach into it
+are cut along their lists into `parts`, each an item of its own, and joined afterwards (`hopper_join`).
 """
 
 import dataclasses
+import functools
 import heapq
+import itertools
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from pallas_kernels.block_sparse.hopper_common import ROWS, SWIZZLED, Config, io
 from pallas_kernels.block_sparse.types import BlockMap, Past
 
 QUERIES = 2 * ROWS  # of a thread block
+SMALL = 32  # keys of a piece where 128 queries have one list: four copies to a tile come sooner than one
 MOST_PARTS = 8
 START = 256  # keys that a thread block walks in the time that it takes to begin and to end, or that a join takes
 
@@ -59,10 +62,10 @@ class Walk:
         self.query_blocks, self.width = index.shape[2:]
         self.streams = QUERIES // blocks.block_q
         self.tile = QUERIES // self.streams
-        self.piece = min(self.block_k, self.tile)
+        self.piece = SMALL if self.streams == 1 else min(self.block_k, self.tile)
         self.pieces, self.subs = self.tile // self.piece, self.block_k // self.piece  # pieces to a tile, to a block
         self.padded = frame_tokens is not None and frame_tokens % self.block_k > 0  # whether there are dead tokens
-        self.halves = self.tile == QUERIES and self.piece <= ROWS  # half a tile may be of use: the tensor cores take 64 keys
+        self.halves = self.tile == QUERIES and self.block_k <= ROWS  # half a tile may be of use: the tensor cores take 64 keys
         past_k, past_v, layer, slots = stacked(past, k, v)
         self.cached = slots // self.block_k
         self.arrays = (k, v, past_k, past_v, layer, index, blocks.count, whole)
@@ -75,8 +78,14 @@ class Walk:
         return self.cut_heads * self.tiles * self.parts
 
     @property
-    def grid(self) -> dict[str, int]:
-        return {"item": self.uncut + self.cut_items}
+    def items(self) -> int:
+        return self.uncut + self.cut_items
+
+    @property
+    def blocks(self) -> int:
+        """Thread blocks that take the items in turns. With a list for every 64 queries the copies are what takes the time, and
+        staying gains nothing: each item has a thread block of its own, which starts when there is room."""
+        return self.items if self.streams == 2 else min(self.items, self.config.multiprocessors)
 
     def scratch(self) -> tuple[Any, ...]:
         """k_s, v_s, k_full, v_full, k_free, v_free: the tiles in flight and their barriers."""
@@ -86,18 +95,24 @@ class Walk:
         free = plgpu.Barrier(num_barriers=slots, num_arrivals=2 // self.streams)
         return moving, moving, full, full, free, free
 
-    def item(self) -> Item:
-        index = lax.axis_index("item")
+    def item(self, index: Any) -> Item:
         cut, number = index >= self.uncut, index - self.uncut
         block = lax.select(cut, self.uncut + lax.div(number, self.parts), index)
         head = lax.div(block, self.tiles)
         part = lax.select(cut, lax.rem(number, self.parts), 0)
         return Item(cut, number, part, lax.div(head, self.heads), lax.rem(head, self.heads), lax.rem(block, self.tiles))
 
-    def stretch(self, item: Item, stream: Any, count: Any) -> Stretch:
+    def turns(self, first: Any, every: int) -> Any:
+        """How many of the items first, first + every and so on there are."""
+        return lax.div(self.items - first + every - 1, every)
+
+    def entries(self, item: Item, stream: Any, count: Any) -> Any:
+        """Length of the item's list; 0 where the second stream lies behind the last query."""
         block = item.at * self.streams + stream
-        here = lax.min(block, self.query_blocks - 1)  # a second stream may lie behind the last query
-        entries = lax.select(block < self.query_blocks, count[item.b, item.h, here], 0)
+        return lax.select(block < self.query_blocks, count[item.b, item.h, lax.min(block, self.query_blocks - 1)], 0)
+
+    def stretch(self, item: Item, stream: Any, entries: Any) -> Stretch:
+        here = lax.min(item.at * self.streams + stream, self.query_blocks - 1)
         total = lax.div(entries * self.block_k + self.tile - 1, self.tile)
         first = lax.select(item.cut, lax.div(item.part * total, self.parts), 0)
         last = lax.select(item.cut, lax.div((item.part + 1) * total, self.parts), total)
@@ -138,55 +153,65 @@ class Walk:
             keep |= (column >= p * self.piece) & (column < end)
         return jnp.where(keep, scores, -jnp.inf)
 
-    def produce(self, item: Item, arrays: tuple[Any, ...], k_s, v_s, k_full, v_full, k_free, v_free) -> None:
-        """The producer warpgroup: a warp for each stream starts the copies, tile after tile."""
+    def produce(self, first: Any, every: int, arrays: tuple[Any, ...], k_s, v_s, k_full, v_full, k_free, v_free) -> None:
+        """The producer warpgroup: two warps of it start the copies, tile after tile: one the keys and one the values of a list,
+        or each those of its own. The items first, first + every and so on are walked without a pause: the tiles of the next are
+        on their way while an item ends."""
         k, v, past_k, past_v, layer, index, count, _ = arrays
+        keys, values = (past_k, k, k_s, k_full, k_free), (past_v, v, v_s, v_full, v_free)
 
-        def run(stream: int) -> None:
-            stretch, row = self.stretch(item, stream, count), layer[0] * self.batch + item.b
-            listed = index.at[item.b, item.h, stretch.query_block]
+        def run(stream: int, copied: tuple[tuple[Any, ...], ...]) -> None:
+            def walk(turn, done):
+                """The tiles of an item, before which `done` others were copied."""
+                item = self.item(first + turn * every)
+                stretch, row = self.stretch(item, stream, self.entries(item, stream, count)), layer[0] * self.batch + item.b
+                listed = index.at[item.b, item.h, stretch.query_block]
 
-            def names(tile):
-                """The entries that fill a tile; numbers without meaning behind the end of the list."""
-                return tuple(listed[lax.min(self._entry(tile, p)[0], self.width - 1)] for p in range(self.pieces))
+                def names(tile):
+                    """The entries that fill a tile; numbers without meaning behind the end of the list."""
+                    return tuple(listed[lax.min(self._entry(tile, p)[0], self.width - 1)] for p in range(self.pieces))
 
-            def fetch(old, new, to, barrier, block, begin):
-                """Starts the copy of a piece: of the cache, or behind it of the chunk."""
+                def fetch(old, new, to, barrier, block, begin):
+                    """Starts the copy of a piece: of the cache, or behind it of the chunk."""
 
-                @pl.when(block < self.cached)
-                def _():
-                    here = pl.ds(block * self.block_k + begin, self.piece)
-                    plgpu.copy_gmem_to_smem(old.at[row, here, item.h], to, barrier)
+                    @pl.when(block < self.cached)
+                    def _():
+                        here = pl.ds(block * self.block_k + begin, self.piece)
+                        plgpu.copy_gmem_to_smem(old.at[row, here, item.h], to, barrier)
 
-                @pl.when(block >= self.cached)
-                def _():
-                    here = pl.ds((block - self.cached) * self.block_k + begin, self.piece)
-                    plgpu.copy_gmem_to_smem(new.at[item.b, here, item.h], to, barrier)
+                    @pl.when(block >= self.cached)
+                    def _():
+                        here = pl.ds((block - self.cached) * self.block_k + begin, self.piece)
+                        plgpu.copy_gmem_to_smem(new.at[item.b, here, item.h], to, barrier)
 
-            def step(i, named):
-                s, tile = self.slot(stream, i), stretch.first + i
-                following = names(tile + 1)  # early, so that no copy waits for the number that tells its address
-                for old, new, to, full, free in ((past_k, k, k_s, k_full, k_free), (past_v, v, v_s, v_full, v_free)):
-                    pl.when(i >= self.config.stages)(lambda free=free: plgpu.barrier_wait(free.at[s]))
-                    for p, block in enumerate(named):
-                        place, begin = self._entry(tile, p)
-                        block = lax.select(place < stretch.entries, block, named[0])  # behind the end any block will do
-                        fetch(old, new, to.at[s, pl.ds(p * self.piece, self.piece)], full.at[s], block, begin)
-                return following
+                def step(i, named):
+                    s, tile = self.slot(stream, done + i), stretch.first + i
+                    following = names(tile + 1)  # early, so that no copy waits for the number that tells its address
+                    for old, new, to, full, free in copied:
+                        pl.when(done + i >= self.config.stages)(lambda free=free: plgpu.barrier_wait(free.at[s]))
+                        for p, block in enumerate(named):
+                            place, begin = self._entry(tile, p)
+                            block = lax.select(place < stretch.entries, block, named[0])  # behind the end any block will do
+                            fetch(old, new, to.at[s, pl.ds(p * self.piece, self.piece)], full.at[s], block, begin)
+                    return following
 
-            # The first of a list that is not cut does not wait for the length of it.
-            start = lax.cond(item.cut, lambda: names(stretch.first), lambda: names(0))
-            lax.fori_loop(0, stretch.n, step, start)
+                # The first of a list that is not cut does not wait for the length of it.
+                start = lax.cond(item.cut, lambda: names(stretch.first), lambda: names(0))
+                lax.fori_loop(0, stretch.n, step, start)
+                return done + stretch.n
 
-            @pl.loop(lax.max(stretch.n - self.config.stages, 0), stretch.n)  # no arrival may be left that nobody saw
+            done = lax.fori_loop(0, self.turns(first, every), walk, jnp.int32(0))
+
+            @pl.loop(lax.max(done - self.config.stages, 0), done)  # no arrival may be left that nobody saw
             def _(i):
-                plgpu.barrier_wait(k_free.at[self.slot(stream, i)])
-                plgpu.barrier_wait(v_free.at[self.slot(stream, i)])
+                for *_, free in copied:
+                    plgpu.barrier_wait(free.at[self.slot(stream, i)])
 
         @plgpu.warp_map
         def per_warp(warp):
-            for stream in range(self.streams):
-                pl.when(warp == stream)(lambda stream=stream: run(stream))
+            kinds = ((keys,), (values,)) if self.streams == 1 else ((keys, values),)
+            for number, (stream, copied) in enumerate(itertools.product(range(self.streams), kinds)):
+                pl.when(warp == number)(functools.partial(run, stream, copied))
 
     def _entry(self, i: Any, p: int) -> tuple[Any, Any]:
         """Position in the list, and first key within the block, of piece p of tile i."""

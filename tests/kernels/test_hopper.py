@@ -222,7 +222,8 @@ def test_the_last_wave_is_cut_so_that_it_ends_soonest(tokens, heads, keys, confi
     blocks = BlockMap(array((*rows, keys // 32), jnp.int32), array(rows, jnp.int32), 128, 32)
     walk = Walk(q, k, k, blocks, None, None, config)
     assert (walk.cut_heads, walk.parts) == cut
-    assert walk.grid == {"item": walk.uncut + walk.cut_items} and walk.uncut == (heads - cut[0]) * rows[2]
+    assert walk.items == walk.uncut + walk.cut_items and walk.uncut == (heads - cut[0]) * rows[2]
+    assert walk.blocks == min(walk.items, 132)
 
 
 def test_config_checks_itself():
