@@ -86,8 +86,8 @@ class Hopper:
 
     def backward(self, q, k, v, blocks, past, out, lse, dout, dlse, past_gradient):
         delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
-        # Behind the last query a kernel finds zeros: p is 1 there, but what it is multiplied with is 0. To rows that attend
-        # to nothing (lse -inf) no list leads.
+        # Padded with zeros, because a kernel reads rows behind the last query: p is 1 there, but what it is multiplied with is
+        # 0. To rows that attend to nothing (lse -inf) no list leads.
         lse, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, aligned(x.shape[2]) - x.shape[2]))) for x in (lse, delta))
         products = (q, dout, lse, delta, k, v, past, blocks)
         settings = self._settings(self.backward_config)

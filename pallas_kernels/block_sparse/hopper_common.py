@@ -14,6 +14,7 @@ from pallas_kernels import platform
 from pallas_kernels.block_sparse.types import Past
 
 ROWS = 64  # of a warpgroup: queries, or in the gradient of the keys, keys
+QUERIES = 2 * ROWS  # of a thread block
 SXM = 132  # multiprocessors of an H100 or H200 in its usual form
 LOG2E = math.log2(math.e)
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -46,8 +47,9 @@ def stacked(past: Past | None, k: jax.Array, v: jax.Array) -> tuple[jax.Array, j
 
 
 def aligned(tokens: int) -> int:
-    """The size that a last axis of float32 must have to be copied by pieces: rows begin at multiples of 16 bytes."""
-    return -(-tokens // 4) * 4
+    """The size of an axis with a number for each query. A copy of one row of numbers is not cut off where the row ends, as a
+    copy of a matrix is: it would run into the next row."""
+    return -(-tokens // QUERIES) * QUERIES
 
 
 def live(block, block_k: int, frame_tokens: int | None):

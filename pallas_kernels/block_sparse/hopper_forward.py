@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.block_sparse.hopper_common import (
     LOG2E,
     MATRIX,
+    QUERIES,
     ROW,
     ROWS,
     SWIZZLED,
@@ -37,7 +38,7 @@ from pallas_kernels.block_sparse.hopper_common import (
     zeros,
 )
 from pallas_kernels.block_sparse.hopper_join import join
-from pallas_kernels.block_sparse.hopper_walk import QUERIES, Walk
+from pallas_kernels.block_sparse.hopper_walk import Walk
 from pallas_kernels.block_sparse.types import BlockMap, Past
 
 LOWEST = -1e30  # below every logit, but a number: of a tile of dead keys, -inf would make the weights NaN

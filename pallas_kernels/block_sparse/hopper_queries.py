@@ -8,9 +8,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse.hopper_common import LOG2E, ROW, ROWS, SWIZZLED, across, dot, kernel, load, zeros
+from pallas_kernels.block_sparse.hopper_common import LOG2E, QUERIES, ROW, ROWS, SWIZZLED, across, dot, kernel, load, zeros
 from pallas_kernels.block_sparse.hopper_join import join
-from pallas_kernels.block_sparse.hopper_walk import QUERIES, Walk
+from pallas_kernels.block_sparse.hopper_walk import Walk
 
 
 def queries(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, config):

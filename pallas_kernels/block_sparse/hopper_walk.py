@@ -4,13 +4,12 @@ The lists are walked in tiles. Query blocks of 128 have one list for both consum
 blocks of 64 have a *stream* of their own for each warpgroup, in tiles of 64 keys. A tile is filled with *pieces*: several
 list entries where key blocks are smaller than a tile, a part of one where they are larger.
 
-Thread blocks take items, one after the other. The last wave of them rarely fills the GPU, so the heads that reach into it
-are cut along their lists into `parts`, each an item of its own, and joined afterwards (`hopper_join`).
+Thread blocks take items, one after the other. The last wave of them rarely fills the GPU, so what it holds is cut along the
+lists into `parts`, each an item of its own, and joined afterwards (`hopper_join`).
 """
 
 import dataclasses
 import functools
-import heapq
 import itertools
 from typing import Any
 
@@ -21,13 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse import lists
-from pallas_kernels.block_sparse.hopper_common import ROWS, SWIZZLED, Config, iota, live, stacked
+from pallas_kernels.block_sparse.hopper_common import QUERIES, ROWS, SWIZZLED, Config, iota, live, stacked
 from pallas_kernels.block_sparse.types import BlockMap, Past
 
-QUERIES = 2 * ROWS  # of a thread block
 SMALL = 32  # keys of a piece where 128 queries have one list: four copies to a tile come sooner than one
 MOST_PARTS = 8
-START = 256  # keys that a thread block walks in the time that it takes to begin and to end, or that a join takes
+START = 320  # keys that a thread block walks in the time that it takes to go from one item to the next
+JOIN = 256  # keys that it walks in the time of a join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +69,12 @@ class Walk:
         self.cached = slots // self.block_k
         self.arrays = (k, v, past_k, past_v, layer, index, blocks.count, whole)
         self.tiles = -(-self.tq // QUERIES)
-        self.cut_heads, self.parts = _cut(self.batch, self.heads, self.tiles, self.width * self.block_k, self.tile, config)
-        self.uncut = (self.batch * self.heads - self.cut_heads) * self.tiles
+        self.cut, self.parts = _cut(self.batch * self.heads * self.tiles, self.width * self.block_k, self.tile, config)
+        self.uncut = self.batch * self.heads * self.tiles - self.cut
 
     @property
     def cut_items(self) -> int:
-        return self.cut_heads * self.tiles * self.parts
+        return self.cut * self.parts
 
     @property
     def items(self) -> int:
@@ -97,10 +96,13 @@ class Walk:
 
     def item(self, index: Any) -> Item:
         cut, number = index >= self.uncut, index - self.uncut
-        block = lax.select(cut, self.uncut + lax.div(number, self.parts), index)
-        head = lax.div(block, self.tiles)
-        part = lax.select(cut, lax.rem(number, self.parts), 0)
-        return Item(cut, number, part, lax.div(head, self.heads), lax.rem(head, self.heads), lax.rem(block, self.tiles))
+        place = self.place(lax.select(cut, self.uncut + lax.div(number, self.parts), index))
+        return Item(cut, number, lax.select(cut, lax.rem(number, self.parts), 0), *place)
+
+    def place(self, index: Any) -> tuple[Any, Any, Any]:
+        """b, head and which 128 queries, of an item that is not cut or of the whole of one that is."""
+        head = lax.div(index, self.tiles)
+        return lax.div(head, self.heads), lax.rem(head, self.heads), lax.rem(index, self.tiles)
 
     def turns(self, first: Any, every: int) -> Any:
         """How many of the items first, first + every and so on there are."""
@@ -219,24 +221,21 @@ class Walk:
         return (lax.div(number, self.subs), lax.rem(number, self.subs) * self.piece) if self.subs > 1 else (number, 0)
 
 
-def _cut(batch: int, heads: int, tiles: int, keys: int, tile: int, config: Config) -> tuple[int, int]:
-    """How many heads of the last batch row are cut, those that reach into the last wave, and into how many parts.
+def _cut(items: int, keys: int, tile: int, config: Config) -> tuple[int, int]:
+    """How many items are cut, those of a last wave that does not fill the GPU, and into how many parts each.
 
     Args:
+        items: before any is cut.
         keys: of the longest list.
         tile: keys of a tile.
     """
-    count, fits = batch * heads * tiles, config.multiprocessors
-    cut = min(-(-(count % fits) // tiles), heads)
+    cut, fits = items % config.multiprocessors, config.multiprocessors
     tried = range(1, MOST_PARTS + 1) if config.parts is None else (config.parts,)
 
     def duration(parts: int) -> int:
-        """Until the last multiprocessor is done, each taking the next item as soon as it is free; in keys walked."""
-        whole, part = keys + START, -(-keys // (parts * tile)) * tile + START
-        free = [0] * fits  # what the full waves take is the same for all
-        for cost in [whole] * ((count - cut * tiles) % fits) + [part] * (cut * tiles * parts):
-            heapq.heapreplace(free, free[0] + cost)
-        return max(free) + (START if parts > 1 else 0)
+        """Of the last wave and the join, in keys walked."""
+        part = -(-keys // (parts * tile)) * tile + START
+        return -(-cut * parts // fits) * part + (JOIN if parts > 1 else 0)
 
     parts = min(tried, key=duration)
     return (cut, parts) if parts > 1 else (0, 1)

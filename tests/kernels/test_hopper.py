@@ -205,12 +205,12 @@ def test_what_the_kernels_are_not_made_for(change):
 @pytest.mark.parametrize(
     "tokens, heads, keys, config, cut",
     [
-        (4608, 12, 3840, Config(multiprocessors=132), (1, 3)),  # 36 tiles are left: three parts of each fill 108 places
-        (4680, 12, 3936, Config(multiprocessors=132), (2, 2)),  # 48 are left: 74 in thirds would take two rounds
+        (4608, 12, 3840, Config(multiprocessors=132), (36, 3)),  # three parts of each fill 108 places
+        (4680, 12, 3936, Config(multiprocessors=132), (48, 2)),  # halves fill 96 places, thirds would take two rounds
         (4608, 11, 3840, Config(multiprocessors=132), (0, 1)),  # three full waves
         (4608, 40, 3840, Config(multiprocessors=132), (0, 1)),  # the last wave is nearly full
         (4608, 12, 384, Config(multiprocessors=132), (0, 1)),  # too short to be worth a join
-        (4608, 12, 384, Config(multiprocessors=132, parts=4), (1, 4)),
+        (4608, 12, 384, Config(multiprocessors=132, parts=4), (36, 4)),
         (4608, 12, 3840, Config(multiprocessors=132, parts=1), (0, 1)),
         (100, 2, 3840, Config(multiprocessors=132), (2, 8)),
     ],
@@ -221,8 +221,8 @@ def test_the_last_wave_is_cut_so_that_it_ends_soonest(tokens, heads, keys, confi
     rows = (1, heads, -(-tokens // 128))
     blocks = BlockMap(array((*rows, keys // 32), jnp.int32), array(rows, jnp.int32), 128, 32)
     walk = Walk(q, k, k, blocks, None, None, config)
-    assert (walk.cut_heads, walk.parts) == cut
-    assert walk.items == walk.uncut + walk.cut_items and walk.uncut == (heads - cut[0]) * rows[2]
+    assert (walk.cut, walk.parts) == cut
+    assert walk.items == walk.uncut + walk.cut_items and walk.uncut == heads * rows[2] - cut[0]
     assert walk.blocks == min(walk.items, 132)
 
 
