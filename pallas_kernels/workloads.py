@@ -138,14 +138,14 @@ def case(workload: Workload, seed: int = 0) -> Case:
 
 
 def _lists(work: Workload, q: jax.Array, k: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Index, count and whole of a `BlockMap`: as selection makes them, blocks with dead tokens come last."""
+    """Index, count and whole of a `BlockMap`: as selection makes them, in the order of time, blocks with dead tokens last."""
     rows = -(-work.queries // work.block_q)
     shape = (work.batch, work.heads, rows, work.key_blocks)
     if work.full:
         index = jnp.broadcast_to(jnp.arange(work.key_blocks, dtype=jnp.int32), shape)
     else:
         scores = jax.random.uniform(key, shape) if work.lists == "random" else _scores(work, q, k)
-        index = jax.lax.top_k(scores, work.width)[1].astype(jnp.int32)
+        index = jnp.sort(jax.lax.top_k(scores, work.width)[1].astype(jnp.int32), axis=-1)
     count = jnp.full(shape[:3], work.width, jnp.int32)
     if not work.padded:
         return index, count, None

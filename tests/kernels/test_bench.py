@@ -46,8 +46,8 @@ def test_lists_name_the_blocks_with_the_best_mean_keys():
     frames = keys.reshape(3, 48, 32)
     means = [frame[i : min(i + 16, 40)].mean(0) for frame in frames for i in (0, 16, 32)]
     query = np.asarray(case.q)[0, 32:40, 1].mean(0)  # the last query block is short
-    best = np.argsort([-query @ mean for mean in means], kind="stable")
-    assert case.blocks.index[0, 1, 2].tolist() == best[: work.width].tolist()
+    best = np.argsort([-query @ mean for mean in means], kind="stable")[: work.width]
+    assert case.blocks.index[0, 1, 2].tolist() == sorted(best.tolist(), key=lambda block: (block % 3 == 2, block))
 
 
 def test_operations_of_a_known_case():
