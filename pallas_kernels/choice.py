@@ -11,6 +11,11 @@ def require(holds: bool, rule: str) -> None:
         raise ValueError(rule)
 
 
+def unmet(rules: Mapping[str, bool]) -> str | None:
+    """The first of the rules that does not hold; None if all do."""
+    return next((rule for rule, holds in rules.items() if not holds), None)
+
+
 def choose(operation: str, name: str | None, can: Reasons, automatic: Reasons | None = None) -> str:
     """The implementation of `operation` that runs a call: the one that is named, or the first that can.
 

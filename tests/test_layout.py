@@ -113,6 +113,16 @@ def test_the_kernels_import_jax_and_numpy_only():
     assert "peers" not in at_the_top
 
 
+def test_packages_of_kernels_share_types_only():
+    """What goes into a call of one, another may make. How one computes is its own: what several need stands beside them."""
+    packages = {path.parent.name for path in (ROOT / "pallas_kernels").glob("*/api.py")}
+    for path in (path for name in packages for path in (ROOT / "pallas_kernels" / name).glob("*.py")):
+        others = {f"pallas_kernels.{name}" for name in packages - {path.parent.name}}
+        taken = {name for name in imports(path) if place(name, list(others))}
+        assert taken <= {f"{name}.types" for name in others}, path
+    assert len(packages) == 5
+
+
 def test_an_upward_import_would_be_caught():
     assert layer("lf_jax.cache") < layer("lf_jax.rollout") < layer("lf_jax.cli") == layer("lf_jax")
     assert layer("lf_jax.dit.block") == layer("lf_jax.vae.decoder")

@@ -17,21 +17,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platform, tuned
+from pallas_kernels import mosaic, tuned
 from pallas_kernels.block_sparse.differentiable import attend
 from pallas_kernels.block_sparse.hopper_common import Config, aligned
 from pallas_kernels.block_sparse.hopper_forward import forward
 from pallas_kernels.block_sparse.hopper_keys import keys
 from pallas_kernels.block_sparse.hopper_queries import queries
 from pallas_kernels.block_sparse.types import BlockMap, Past
+from pallas_kernels.choice import unmet
 
 
 def reason(q: Any, blocks: BlockMap, past: Past | None, return_lse: bool) -> str | None:
     """Why the kernels cannot run such a call here; None if they can."""
-    capability = platform.device().compute_capability
-    if capability is None or capability[0] != 9:
-        return f"needs an NVIDIA GPU of compute capability 9.0, this is {platform.describe()}"
-    return unfit(q, blocks)
+    return mosaic.reason() or unfit(q, blocks)
 
 
 def unfit(q: Any, blocks: BlockMap) -> str | None:
@@ -42,7 +40,7 @@ def unfit(q: Any, blocks: BlockMap) -> str | None:
         f"needs query blocks of 64 or 128, received {blocks.block_q}": blocks.block_q in (64, 128),
         f"needs key blocks of 32, 64 or 128, received {blocks.block_k}": blocks.block_k in (32, 64, 128),
     }
-    return next((rule for rule, holds in rules.items() if not holds), None)
+    return unmet(rules)
 
 
 def attention(

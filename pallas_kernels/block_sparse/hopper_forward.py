@@ -22,24 +22,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse.hopper_common import (
-    LOG2E,
-    MATRIX,
-    QUERIES,
-    ROW,
-    ROWS,
-    SWIZZLED,
-    Config,
-    across,
-    aligned,
-    dot,
-    kernel,
-    load,
-    zeros,
-)
+from pallas_kernels import mosaic
+from pallas_kernels.block_sparse.hopper_common import LOG2E, QUERIES, ROWS, SWIZZLED, Config, aligned
 from pallas_kernels.block_sparse.hopper_join import join
 from pallas_kernels.block_sparse.hopper_walk import Walk
 from pallas_kernels.block_sparse.types import BlockMap, Past
+from pallas_kernels.mosaic import MATRIX, ROW, across, dot, kernel, load, zeros
 
 LOWEST = -1e30  # below every logit, but a number: of a tile of dead keys, -inf would make the weights NaN
 
@@ -58,7 +46,7 @@ def forward(
     """out [b, tq, head, e] and the log-sum-exp [b, head, tq] float32, natural logarithm. Arguments as in the public call;
     `hopper.reason` says what they may be."""
     walk = Walk(q, k, v, blocks, past, frame_tokens, config)
-    D, dtype, tile, interpreted = walk.e, q.dtype, walk.tile, config.interpret is not None
+    D, dtype, tile, interpreted = walk.e, q.dtype, walk.tile, config.interpreted
     near = ROWS if walk.streams == 1 else 0  # columns of the queries that stay in registers: shared memory has enough to do
     ahead = int(config.stages * D <= 256)  # items whose queries are there before their turn: 1, where there is room for it
 
@@ -255,7 +243,7 @@ def forward(
             plgpu.set_max_registers(240, action="increase")
             if ahead:
                 fetch(0)
-            turns, start = walk.turns(block, walk.blocks), (jnp.int32(0), walk.entries(take(0), stream, count_g))
+            turns, start = mosaic.turns(walk.items, block, walk.blocks), (jnp.int32(0), walk.entries(take(0), stream, count_g))
             lax.fori_loop(0, turns, functools.partial(consumer, turns=turns), start)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

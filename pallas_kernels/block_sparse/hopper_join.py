@@ -11,8 +11,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse.hopper_common import MATRIX, QUERIES, ROW, ROWS, SWIZZLED, across, load, rewrite
+from pallas_kernels.block_sparse.hopper_common import QUERIES, ROWS, SWIZZLED
 from pallas_kernels.block_sparse.hopper_walk import Walk
+from pallas_kernels.mosaic import MATRIX, ROW, across, load, rewrite
 
 
 def join(walk: Walk, whole: tuple[jax.Array, ...], parts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -16,27 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse import lists
-from pallas_kernels.block_sparse.hopper_common import (
-    COLUMN,
-    LOG2E,
-    ROWS,
-    SWIZZLED,
-    across,
-    dot,
-    iota,
-    kernel,
-    live,
-    load,
-    stacked,
-    zeros,
-)
+from pallas_kernels.block_sparse.hopper_common import LOG2E, ROWS, SWIZZLED, live, stacked
+from pallas_kernels.mosaic import COLUMN, across, dot, iota, kernel, load, zeros
 
 
 def keys(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, past_gradient, config):
     """(dk, dv, (dk, dv of the past's layer) or None). lse, delta: [b, head, tq, aligned]."""
     B, tq, H, D = q.shape
     dtype, S, block_q, block_k = q.dtype, config.key_stages, blocks.block_q, blocks.block_k
-    interp = config.interpret is not None
     subs = block_q // ROWS  # tiles of queries to a list entry
     group = max(ROWS // block_k, 1)  # key blocks that share a tile of keys: their lists are merged
     sharers = max(block_k // ROWS, 1)  # tiles of keys that share a list
@@ -148,7 +135,7 @@ def keys(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, past_g
                     def slope(p, dp):
                         return (p * (dp - stat(1))).astype(dtype)
 
-                    if interp:
+                    if config.interpreted:
                         p = weight(dot(ks[...], q_s[now], 1))
                         dv = dv + dot(p.astype(dtype), do_s[now], 0)
                         dk = dk + dot(slope(p, dot(vs[...], do_s[now], 1)), q_s[now], 0)

@@ -8,15 +8,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse.hopper_common import LOG2E, QUERIES, ROW, ROWS, SWIZZLED, across, dot, kernel, load, zeros
+from pallas_kernels.block_sparse.hopper_common import LOG2E, QUERIES, ROWS, SWIZZLED
 from pallas_kernels.block_sparse.hopper_join import join
 from pallas_kernels.block_sparse.hopper_walk import Walk
+from pallas_kernels.mosaic import ROW, across, dot, kernel, load, zeros
 
 
 def queries(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, config):
     """dq [b, tq, head, e]. lse, delta: [b, head, tq, aligned]."""
     walk = Walk(q, k, v, blocks, past, frame_tokens, config)
-    D, dtype, tile, interpreted = walk.e, q.dtype, walk.tile, config.interpret is not None
+    D, dtype, tile = walk.e, q.dtype, walk.tile
 
     def body(q_g, do_g, lse_g, delta_g, *refs):
         arrays, (dq_g, part_g, q_s, do_s, stats_s, q_full, *moving) = refs[:8], refs[8:]
@@ -73,7 +74,7 @@ def queries(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, con
                     def slope(p, dp):
                         return (p * (dp - across(delta, p.shape, 0))).astype(dtype)
 
-                    if interpreted:
+                    if config.interpreted:
                         plgpu.barrier_wait(v_full.at[now])
                         p = weight(dot(qs[...], k_s[now], 1))
                         dq = dq + dot(slope(p, dot(dos[...], v_s[now], 1)), k_s[now], 0)

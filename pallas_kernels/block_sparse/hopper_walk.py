@@ -19,8 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.block_sparse import lists
-from pallas_kernels.block_sparse.hopper_common import QUERIES, ROWS, SWIZZLED, Config, iota, live, stacked
+from pallas_kernels.block_sparse.hopper_common import QUERIES, ROWS, SWIZZLED, Config, live, stacked
 from pallas_kernels.block_sparse.types import BlockMap, Past
 
 SMALL = 32  # keys of a piece where 128 queries have one list: four copies to a tile come sooner than one
@@ -104,10 +105,6 @@ class Walk:
         head = lax.div(index, self.tiles)
         return lax.div(head, self.heads), lax.rem(head, self.heads), lax.rem(index, self.tiles)
 
-    def turns(self, first: Any, every: int) -> Any:
-        """How many of the items first, first + every and so on there are."""
-        return lax.div(self.items - first + every - 1, every)
-
     def entries(self, item: Item, stream: Any, count: Any) -> Any:
         """Length of the item's list; 0 where the second stream lies behind the last query."""
         block = item.at * self.streams + stream
@@ -149,7 +146,7 @@ class Walk:
 
     def masked(self, scores: jax.Array, ends: tuple[Any, ...]) -> jax.Array:
         """Scores, -inf where there is no key."""
-        column = iota(scores.shape, 1, self.config)
+        column = mosaic.iota(scores.shape, 1, self.config)
         keep = column < ends[0]
         for p, end in enumerate(ends[1:], 1):
             keep |= (column >= p * self.piece) & (column < end)
@@ -202,7 +199,7 @@ class Walk:
                 lax.fori_loop(0, stretch.n, step, start)
                 return done + stretch.n
 
-            done = lax.fori_loop(0, self.turns(first, every), walk, jnp.int32(0))
+            done = lax.fori_loop(0, mosaic.turns(self.items, first, every), walk, jnp.int32(0))
 
             @pl.loop(lax.max(done - self.config.stages, 0), done)  # no arrival may be left that nobody saw
             def _(i):

@@ -22,22 +22,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import platform
+from pallas_kernels import mosaic
+from pallas_kernels.choice import unmet
 from pallas_kernels.conv.hopper_plan import AHEAD, COLUMNS, STEP, WIDEST, Config, Plan, plan
 from pallas_kernels.conv.types import SIDE, Form
 from pallas_kernels.conv.xla import normed
+from pallas_kernels.mosaic import COLUMN, MATRIX, across, load
 
 FILLED = 0.6  # of the tiles' pixels, where the kernel is worth it
-COLUMN = plgpu.Layout.WGMMA.reduce(0)
-ROUND = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(2 * STEP))
+ROUND = mosaic.swizzled(STEP, jnp.bfloat16)
 
 
 def reason(x: Any, kernel: Any, form: Form) -> str | None:
     """Why the kernel cannot run such a call here; None if it can."""
-    capability = platform.device().compute_capability
-    if capability is None or capability[0] != 9:
-        return f"needs an NVIDIA GPU of compute capability 9.0, this is {platform.describe()}"
-    return unfit(x, kernel, form)
+    return mosaic.reason() or unfit(x, kernel, form)
 
 
 def unfit(x: Any, kernel: Any, form: Form) -> str | None:
@@ -53,7 +51,7 @@ def unfit(x: Any, kernel: Any, form: Form) -> str | None:
         f"needs at most {WIDEST} output channels or a multiple of them, received {outputs}": outputs <= WIDEST
         or outputs % WIDEST == 0,
     }
-    return next((rule for rule, holds in rules.items() if not holds), None)
+    return unmet(rules)
 
 
 def slow(x: Any, kernel: Any, form: Form) -> str | None:
@@ -70,7 +68,7 @@ def slow(x: Any, kernel: Any, form: Form) -> str | None:
         f"{filled:.0%} of its tiles would be at work, less than {FILLED:.0%}": filled >= FILLED,
         f"has run on GPUs for rows of a multiple of {COLUMNS} pixels only, received {width}": width % COLUMNS == 0,
     }
-    return next((rule for rule, holds in rules.items() if not holds), None)
+    return unmet(rules)
 
 
 class Tile(NamedTuple):
@@ -104,7 +102,7 @@ def conv(x, kernel, bias, past, residual, scale, form: Form, eps: float, *, conf
     bias = jnp.pad(bias.astype(jnp.float32), more)
     gain = jnp.pad(scale.astype(jnp.float32), more) if fused.norm else bias
     added = bias if residual is None else jnp.pad(residual.astype(x.dtype), [(0, 0)] * 4 + more).reshape(grown)
-    if config.interpret is not None:  # it fills with zeros what lies behind an array, and not what lies before it
+    if config.interpreted:  # it fills with zeros what lies behind an array, and not what lies before it
         flat, past = (jnp.pad(frames, ((0, 0), (1, 0), (1, 0), (0, 0))) for frames in (flat, past))
     y = _run(size, config, outputs, eps, grown)(flat, past, weights(kernel, size, x.dtype), bias, gain, added)
     y = y.reshape(size.batch, size.frames, times * size.height, times * size.width, size.outputs)[..., :outputs]
@@ -131,15 +129,14 @@ def weights(kernel: jax.Array, size: Plan, dtype: jnp.dtype) -> jax.Array:
 def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[int, ...]):
     half, side, steps, stages = size.rows // 2, size.side, size.steps, size.stages
     blocks, ahead = min(config.multiprocessors, size.tiles), AHEAD * size.side
-    interpreted = config.interpret is not None
-    border = 0 if interpreted else -1  # where the image begins; in the interpreter there are zeros before it
+    border = 0 if config.interpreted else -1  # where the image begins; in the interpreter there are zeros before it
     ragged = size.height % size.rows > 0  # then some rows are not stored, and counting the stores does not tell which are done
     rest = size.width % COLUMNS  # pixels of the last tile of a row, where it is not full
 
     def body(x_g, past_g, w_g, bias_g, scale_g, added_g, out_g, x_s, w_s, out_s, x_full, x_free, w_full, w_free, added):
-        written, read = (x_s, x_s) if interpreted else x_s
+        written, read = (x_s, x_s) if config.interpreted else x_s
         wg, first = lax.axis_index("wg"), lax.axis_index("block")
-        mine = lax.div(size.tiles - first + blocks - 1, blocks)
+        mine = mosaic.turns(size.tiles, first, blocks)
 
         def tile(i) -> Tile:
             n = first + i * blocks
@@ -175,19 +172,19 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
             def store(at: Tile, r: int, y):
                 slot = wg * size.staged + r % size.staged
                 staged = out_s.at[slot]
-                y = y + across(bias_g, at, y.shape)
+                y = y + channels(bias_g, at, y.shape)
                 if size.residual:
 
                     @pl.when(rows(at, r) < size.height)
                     def _():
                         plgpu.barrier_wait(added.at[slot])
 
-                    y = y + load(staged)
+                    y = y + load(staged, MATRIX)
                 else:
                     plgpu.wait_smem_to_gmem(0 if ragged else size.staged - 1, wait_read_only=True)
                 if size.form.norm:
                     square = (y * y).sum(axis=1) * (1 / divisor) + eps
-                    y = y * lax.broadcast_in_dim(lax.rsqrt(square), y.shape, [0]) * across(scale_g, at, y.shape)
+                    y = y * across(lax.rsqrt(square), y.shape, 0) * channels(scale_g, at, y.shape)
                     y = y / (1 + jnp.exp(-y))
                 staged[...] = y.astype(jnp.bfloat16)
                 plgpu.commit_smem()
@@ -207,15 +204,9 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     fetch_added(at, r + size.staged)
 
-            def across(vector, at: Tile, shape):
+            def channels(vector, at: Tile, shape):
                 part = vector.at[pl.ds(at.share * size.channels, size.channels)]
-                return lax.broadcast_in_dim(part[...] if interpreted else load(part, COLUMN), shape, [1])
-
-            def load(ref, layout=plgpu.Layout.WGMMA):
-                if interpreted:
-                    return ref[...]
-                whole = {"idx": ()} if jax.__version_info__ < (0, 11) else {}  # required until 0.10, deprecated since
-                return plgpu.load(ref, **whole, layout=layout, optimized=False)
+                return across(load(part, COLUMN), shape, 1)
 
             def release(m, last: bool):
                 """The weights of row m, counted through all steps, and after the last row of a step its pixels."""
@@ -302,17 +293,14 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
     # A copy into tiles would have to begin at a multiple of 8 pixels. 64 pixels of 32 channels lie the same way in tiles and
     # in rows, so the copies write them as rows, and the products read them as tiles.
     image = patch(transforms=ROUND)
-    if not interpreted:
+    if not config.interpreted:
         image = plgpu.RefUnion(patch(transforms=ROUND[1:]), image)
     smooth = ROUND if size.channels % STEP == 0 else ()
-    lane = plgpu.LoweringSemantics.Lane
-    return plgpu.kernel(
+    return mosaic.kernel(
         body,
+        config,
+        grid={"block": blocks},
         out_type=jax.ShapeDtypeStruct(out_shape, jnp.bfloat16),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="wg",
         scratch_types=[
             image,
             plgpu.SMEM((ahead, size.channels, STEP), jnp.bfloat16, transforms=ROUND),
@@ -323,6 +311,4 @@ def _run(size: Plan, config: Config, divisor: int, eps: float, out_shape: tuple[
             plgpu.Barrier(num_barriers=ahead, num_arrivals=2),
             plgpu.Barrier(num_barriers=2 * size.staged),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, lowering_semantics=lane),
-        **({} if config.interpret is None else {"interpret": config.interpret}),
     )

@@ -4,27 +4,30 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from pallas_kernels import platform
+from pallas_kernels import mosaic
 from pallas_kernels.conv.types import SIDE, Form
 
 COLUMNS = 64  # pixels of a row of a tile: what a product of a warpgroup takes
 STEP = 32  # channels of a step
 WIDEST = 192  # output channels of a tile
-SXM = 132  # multiprocessors of an H100 or H200 in its usual form
 SHARED = 224 * 1024  # bytes of shared memory that tiles may have
 FETCHED = 24  # bytes that a multiprocessor gets from the L2 cache in a clock while all do: about 5.5 TB/s together
 LATENCY = 700  # clocks of a copy beside those of its bytes
 AHEAD = 2  # steps whose weights have room
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(mosaic.Config):
     """How the kernel is laid out."""
 
     rows: int | None = None  # of a tile, for both warpgroups; None takes what should be fastest
     stages: int | None = None  # steps whose pixels have room; None takes as many as fit, four at most
-    multiprocessors: int = dataclasses.field(default_factory=lambda: platform.device().multiprocessors or SXM)
-    interpret: Any = None  # `InterpretGPUParams` runs on the CPU
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(rows=2, stages=2)
+        if self.rows is not None and self.rows % 2:
+            raise ValueError(f"rows={self.rows} must be a multiple of 2: each of two warpgroups has half of them")
 
 
 class Plan(NamedTuple):

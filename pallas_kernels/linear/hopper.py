@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platform
-from pallas_kernels.block_sparse.hopper_common import SXM
+from pallas_kernels import mosaic
+from pallas_kernels.choice import unmet
 from pallas_kernels.linear.hopper_kernel import DEPTH, ROWS, Config, Epilogue, run
 
 TILES = (256, 224, 192, 160, 128)  # output channels of a thread block
@@ -20,10 +20,7 @@ FINISH, FINISH_CHANNEL = 1000, 10
 
 def reason(inputs: int, outputs: int, frame_tokens: int | None, dtype: Any) -> str | None:
     """Why the kernel cannot run such a call here; None if it can. Arguments as in `api.explain`."""
-    capability = platform.device().compute_capability
-    if capability is None or capability[0] != 9:
-        return f"needs an NVIDIA GPU of compute capability 9.0, this is {platform.describe()}"
-    return unfit(inputs, outputs, frame_tokens, dtype)
+    return mosaic.reason() or unfit(inputs, outputs, frame_tokens, dtype)
 
 
 def unfit(inputs: int, outputs: int, frame_tokens: int | None, dtype: Any) -> str | None:
@@ -34,7 +31,7 @@ def unfit(inputs: int, outputs: int, frame_tokens: int | None, dtype: Any) -> st
         f"needs at least {ROWS} tokens a frame, received {frame_tokens}": frame_tokens is None or frame_tokens >= ROWS,
         f"returns bfloat16 or float8, not {dtype}": dtype is None or dtype == jnp.bfloat16,
     }
-    return next((rule for rule, holds in rules.items() if not holds), None)
+    return unmet(rules)
 
 
 def linear(x, w, bias, layer, *, activation, gate, residual, reach, dtype, config: Config | None = None):
@@ -69,7 +66,7 @@ def _eights(array: jax.Array) -> jax.Array:
 
 def layout(rows: int, inputs: int, outputs: int) -> Config:
     """The tile and the cluster with which the last multiprocessor should be done first: it decides how full the waves are."""
-    fits = platform.device().multiprocessors or SXM
+    fits = mosaic.multiprocessors()
 
     def duration(tile: int, cluster: int) -> float:
         items = -(-rows // (ROWS * cluster)) * -(-outputs // tile)

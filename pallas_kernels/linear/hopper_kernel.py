@@ -22,9 +22,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import platform
-from pallas_kernels.block_sparse.hopper_common import COLUMN, MATRIX, ROW, SXM, across, load
+from pallas_kernels import mosaic
 from pallas_kernels.linear.types import FLOAT8, LARGEST, SMALLEST_ROW, Quantised
+from pallas_kernels.mosaic import COLUMN, MATRIX, ROW, across, iota, kernel, load, swizzled
 
 ROWS, HALF = 128, 64  # tokens of a thread block, of a consumer
 DEPTH = 128  # inputs of a step of the products
@@ -32,8 +32,8 @@ SHARED, SPARE = 227 * 1024, 2048  # bytes of shared memory that a thread block m
 SNAKE = 8  # tiles of output channels that are walked together
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(mosaic.Config):
     """How the kernel is laid out. The defaults are for an H100 or H200."""
 
     tile: int = 256  # output channels of a thread block
@@ -41,14 +41,10 @@ class Config:
     stages: int = 4  # steps of the products whose operands are in flight
     buffers: int | None = None  # pieces of the output that each consumer has under way; None: 2, with a residual what fits
     lead: int = 2  # steps by which the first consumer runs ahead of the second
-    multiprocessors: int = dataclasses.field(default_factory=lambda: platform.device().multiprocessors or SXM)
-    interpret: object = None  # `InterpretGPUParams` runs on the CPU
 
     def __post_init__(self):
-        for name, least in (("tile", 32), ("cluster", 1), ("stages", 1), ("buffers", 1), ("lead", 0)):
-            number = getattr(self, name)
-            if number is not None and number < least:
-                raise ValueError(f"{name}={number} must be at least {least}")
+        super().__post_init__()
+        self.at_least(tile=32, cluster=1, stages=1, buffers=1, lead=0)
         if self.tile % 32 or self.tile > 256:
             raise ValueError(f"tile={self.tile} must be a multiple of 32 and at most 256")
         if self.cluster > self.multiprocessors:
@@ -68,7 +64,7 @@ class Epilogue(NamedTuple):
 def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, epilogue: Epilogue, config: Config) -> Any:
     """[rows, out] bfloat16, or Quantised where there is a reach. x is [rows, in], w [layer, out, in], bias [layer, out]."""
     (rows, inputs), (_, outputs, _), tile, cluster = x.values.shape, w.values.shape, config.tile, config.cluster
-    quantised, gated, interpreted = epilogue.reach is not None, epilogue.gate is not None, config.interpret is not None
+    quantised, gated = epilogue.reach is not None, epilogue.gate is not None
     tiles = (-(-rows // (ROWS * cluster)), -(-outputs // tile))
     blocks = min(config.multiprocessors // cluster, math.prod(tiles))
     steps = -(-inputs // DEPTH)
@@ -93,7 +89,7 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
         out_g, *out_scale_g = refs[: len(out_type)]
         x_s, w_s, rows_s, columns_s, gate_s, out_s, out_scale_s, full, free, known, fetched, ahead = refs[len(out_type) :]
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
-        own = lax.div(math.prod(tiles) - block + blocks - 1, blocks)  # tiles that this thread block takes
+        own = mosaic.turns(math.prod(tiles), block, blocks)  # tiles that this thread block takes
         at_layer = g["layer"][0] if layer is not None else 0
 
         def place(i):
@@ -181,9 +177,7 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
                     return first
                 row, _ = place(i)
                 left = epilogue.frame_tokens - lax.rem(row, epilogue.frame_tokens) - wg * HALF  # tokens of the first frame
-                token = lax.broadcasted_iota if interpreted else plgpu.broadcasted_iota
-                layouts = {} if interpreted else {"layout": MATRIX}
-                return jnp.where(token(jnp.int32, shape, 0, **layouts) < left, first, second[0])
+                return jnp.where(iota(shape, 0, config) < left, first, second[0])
 
             def column(ref, c):
                 return load(ref.at[pl.ds(c * piece, piece)], COLUMN)
@@ -238,15 +232,12 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
 
     both = {"num_arrivals": 2, "num_barriers": stages}  # copies of a step; consumers
     release = plgpu.ClusterBarrier(collective_axes=("cluster",), **both) if cluster > 1 else plgpu.Barrier(**both)
-    out = plgpu.kernel(
+    out = kernel(
         body,
+        config,
+        grid={"block": blocks},
+        cluster={"cluster": cluster},
         out_type=out_type,
-        grid=(blocks,),
-        grid_names=("block",),
-        cluster=(cluster,),
-        cluster_names=("cluster",),
-        num_threads=3,
-        thread_name="wg",
         scratch_types=[
             plgpu.SMEM((stages, ROWS, DEPTH), FLOAT8, transforms=swizzled(DEPTH, FLOAT8)),
             plgpu.SMEM((stages, tile, DEPTH), FLOAT8, transforms=swizzled(DEPTH, FLOAT8)),
@@ -261,10 +252,6 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
             plgpu.Barrier(num_barriers=(2, buffers)),
             plgpu.Barrier(),
         ],
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-        **({"interpret": config.interpret} if interpreted else {}),
     )(*arrays.values())
     return Quantised(*out) if quantised else out[0]
 
@@ -274,9 +261,3 @@ def gelu(x: jax.Array, times: Any) -> jax.Array:
     inner = x * (math.sqrt(2 / math.pi) + math.sqrt(2 / math.pi) * 0.044715 * x * x)
     half = x * (0.5 * times)
     return half * jnp.tanh(inner) + half
-
-
-def swizzled(columns: int, dtype: Any) -> tuple[Any, ...]:
-    """The layout of a tile whose rows have so many numbers."""
-    width = columns * jnp.dtype(dtype).itemsize
-    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(width)

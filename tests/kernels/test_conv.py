@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import platform
+from pallas_kernels import mosaic, platform
 from pallas_kernels.conv import api, convolve, explain, hopper, hopper_plan, xla
 from pallas_kernels.conv.types import Form
 
@@ -139,7 +139,7 @@ def test_layers_of_the_decoders_compile_for_a_gpu(name):
     case = LAYERS[name]
     arrays = jax.eval_shape(functools.partial(arguments_of_zeros, case))
     form = Form(case.upsample, case.norm)
-    config = hopper.Config(multiprocessors=hopper_plan.SXM)
+    config = hopper.Config(multiprocessors=mosaic.SXM)
     assert hopper.unfit(arrays[0], arrays[1], form) is None
     size = hopper.plan(arrays[0], arrays[1], form, case.residual, config)
     assert size.shared_bytes <= hopper_plan.SHARED
@@ -229,12 +229,26 @@ def test_a_tile_has_many_rows_where_there_are_many_tiles():
 
     def rows(channels, h, w):
         call = shapes(h, w, channels, channels)
-        return hopper.plan(*call, Form(False, False), False, hopper.Config(multiprocessors=hopper_plan.SXM)).rows
+        return hopper.plan(*call, Form(False, False), False, hopper.Config(multiprocessors=mosaic.SXM)).rows
 
     assert rows(96, 512, 768) == 8 and rows(192, 256, 384) == 4, "all that the registers hold"
     assert rows(96, 32, 48) < 8 and rows(24, 512, 768) > rows(24, 16, 64)
     with pytest.raises(ValueError, match="config.rows=64 and config.stages=None do not fit 24 channels"):
         hopper.plan(*shapes(), Form(False, False), False, hopper.Config(rows=64))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rows": 0}, "rows=0 must be at least 2"),
+        ({"rows": 3}, "rows=3 must be a multiple of 2"),
+        ({"stages": 1}, "stages=1 must be at least 2"),
+        ({"multiprocessors": 0}, "multiprocessors=0 must be at least 1"),
+    ],
+)
+def test_config_checks_itself(fields, message):
+    with pytest.raises(ValueError, match=message):
+        hopper.Config(**fields)
 
 
 @pytest.mark.skipif(platform.device().nvidia, reason="of machines without an NVIDIA GPU")
