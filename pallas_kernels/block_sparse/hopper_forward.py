@@ -7,10 +7,11 @@ start the copies, the other two each hold 64 queries and multiply. What makes it
   shape that suits them, and fine selection costs nothing.
 * Within a consumer the scores of a tile are in flight together with the values of the tile before; between the consumers,
   a pair of barriers keeps the softmax of one beside the products of the other.
-* The last wave of thread blocks rarely fills the GPU. Its heads are cut along their lists into parts that do, and the parts
-  are joined by their log-sum-exps.
 * Thread blocks stay and take item after item, so that the queries, keys and values of the next are on their way while one
   ends.
+* The tensor cores take half of each query from registers, which leaves the shared memory time for what is copied into it.
+* The last wave of items rarely fills the GPU. It is cut along its lists into parts that do, and the parts are joined by their
+  log-sum-exps.
 * Keys come from two places, the stacked cache and the chunk, told apart entry by entry: nothing is copied together.
 """
 
