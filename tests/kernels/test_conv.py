@@ -13,10 +13,6 @@ from pallas_kernels.conv import api, convolve, explain, hopper, hopper_plan, xla
 from pallas_kernels.conv.types import Form
 
 EPS = 1e-6
-old = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 knows no transposed operand, no warps"
-)
-MODES = ["xla", pytest.param("interpreter", marks=old), pytest.param("gpu", marks=pytest.mark.gpu)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,40 +78,37 @@ def expected(case: Case, *arrays) -> np.ndarray:
     return y / (1 + np.exp(-y))
 
 
-def run(mode: str, case: Case, *arrays):
-    form = Form(case.upsample, case.norm)
-    if mode == "xla":
-        return xla.conv(*arrays, form, EPS)
-    config = hopper.Config(rows=case.rows, stages=case.stages, multiprocessors=2)
-    if mode == "interpreter":
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-        config = dataclasses.replace(config, interpret=InterpretGPUParams(detect_races=True))
-    return hopper.conv(*arrays, form, EPS, config=config)
-
-
 def distance(found, wanted) -> float:
     return np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", CASES)
-def test_a_convolution_is_the_sum_over_its_taps(mode, name, monkeypatch):
-    case = CASES[name]
-    arrays = arguments(case)
-    if mode == "interpreter":  # which drops what is stored beyond the end of a row; a GPU may store it to the next row
-        from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import AsyncCopySmemToGmemTask
-
-        monkeypatch.setattr(AsyncCopySmemToGmemTask, "clips_out_of_bounds_destination", False)
-    found = jax.jit(functools.partial(run, mode, case))(*arrays)
-    wanted = expected(case, *arrays)
+def check(case: Case, conv, twice: bool):
+    """`twice`: whether a norm is of numbers that were rounded."""
+    arrays, form = arguments(case), Form(case.upsample, case.norm)
+    found, wanted = jax.jit(lambda *arrays: conv(*arrays, form, EPS))(*arrays), expected(case, *arrays)
     assert found.dtype == jnp.bfloat16 and found.shape == wanted.shape
-    twice = case.norm and (mode == "xla" or case.out > hopper_plan.WIDEST)  # the norm is of numbers that were rounded
-    assert distance(found.astype(jnp.float32), wanted) < (6e-3 if twice else 3e-3)
-    if mode == "interpreter":
-        from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+    assert distance(found.astype(jnp.float32), wanted) < (6e-3 if case.norm and twice else 3e-3)
 
-        assert not interpret_pallas_call.get_races().races_found
+
+def check_kernel(case: Case, interpret=None):
+    config = hopper.Config(rows=case.rows, stages=case.stages, multiprocessors=2, interpret=interpret)
+    check(case, functools.partial(hopper.conv, config=config), twice=case.out > hopper_plan.WIDEST)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_xla(name):
+    check(CASES[name], xla.conv, twice=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_the_interpreter(name, interpret):
+    check_kernel(CASES[name], interpret)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_on_the_gpu(name):
+    check_kernel(CASES[name])
 
 
 # Frames of the decoders of Wan and of LightVAE at 512x768, every width of theirs, and rows that end within a tile.
