@@ -27,6 +27,8 @@ from lf_jax.sparsity import Budget, timeline
 from lf_jax.tokens import Grid
 from pallas_kernels import fused
 
+SHALLOW = 8  # layers: such a network is no scan where its gradient keeps what is in them
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +96,12 @@ def text_cache(model: WanDiT, embeddings: Float[Array, "b n text_dim"]) -> TextC
     return over_layers(model, layer, text)[1]
 
 
-def over_layers(model: WanDiT, layer: Callable, carry: Any, *inputs: Any, remat: bool = False) -> tuple[Any, Any]:
+def over_layers(model: WanDiT, layer: Callable, carry: Any, *inputs: Any, remat: bool | None = None) -> tuple[Any, Any]:
     """`layer(carry, index, block, *inputs) -> (carry, result)` from block to block, as one scan; all results, stacked.
 
     A scan copies what it hands to a step out of its stack. Quantised layers are not handed over: their kernel gets the
-    whole stack, and the index of the layer.
+    whole stack, and the index of the layer. What a gradient keeps would be copied into stacks, too, which are filled with
+    zeros first, so the scan of a shallow network is then unrolled.
 
     Args:
         inputs: with a leading [layer] axis.
@@ -115,7 +118,8 @@ def over_layers(model: WanDiT, layer: Callable, carry: Any, *inputs: Any, remat:
 
     sliced = [None if at in stacks else part for at, part in enumerate(parts)]
     body = jax.checkpoint(step, prevent_cse=False) if remat else step  # a scan shares nothing between its steps
-    (_, carry), results = jax.lax.scan(body, (jnp.int32(0), carry), (sliced, inputs))
+    unrolled = remat is False and model.config.layers <= SHALLOW
+    (_, carry), results = jax.lax.scan(body, (jnp.int32(0), carry), (sliced, inputs), unroll=unrolled)
     return carry, results
 
 
@@ -156,7 +160,7 @@ def forward(
     budget: Budget | None,
     grid: Grid,
     sparsity: config.Sparsity,
-    remat: bool = False,
+    remat: bool | None = None,
 ) -> tuple[Float[Array, "b f h w c"], ChunkKV]:
     """Velocity of a chunk of frames that follow the committed ones (Self-Forcing, `causal_model.py`).
 
@@ -166,7 +170,8 @@ def forward(
         text: of the same batch.
         cache: the frames before; `cache.end` is the absolute index of the chunk's first frame.
         budget: key blocks a query block may visit; None where attention is dense.
-        remat: for gradients: keep what enters a layer and compute the layer again, instead of keeping all that is in it.
+        remat: for gradients: keep what enters a layer and compute the layer again, instead of keeping all that is in it;
+            None never unrolls the layers (`over_layers`), and is for where there is no gradient.
 
     Returns:
         The velocity `noise - clean`, in the dtype of `x`, and the keys and values of all layers, for `cache.append`.

@@ -11,19 +11,21 @@ noisy inputs, the caller's loss gives the derivative by the latents, and `exit_g
 with a gradient of its own. It equals differentiating the loss in one piece.
 """
 
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lf_jax import attention, flow, solvers
 from lf_jax import cache as kv
-from lf_jax import flow, solvers
 from lf_jax import noise as seeded
 from lf_jax.arrays import Array, Float, Int, Key
 from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.chunk import as_context, branches, commit_chunk, frame_shape
 from lf_jax.config import Config, check
-from lf_jax.dit.model import TextCache, WanDiT, forward, text_cache
+from lf_jax.dit.block import Block, SelfAttention
+from lf_jax.dit.model import TextCache, WanDiT, embed_time, forward, over_layers, patchify, text_cache, turns, unpatchify
 from lf_jax.rollout import RolloutState, chunk_budget, initial_state, over_chunks
 from lf_jax.sparsity import Budget
 from lf_jax.tokens import Grid, chunk_lengths
@@ -47,9 +49,10 @@ def causal_pass(
     through_cache: bool = True,
     remat: bool = False,
 ) -> Float[Array, "b f h w c"]:
-    """The velocity of every chunk of `x`, reading the chunks before it: block-causal attention, by way of the cache.
+    """The velocity of every chunk of `x`, reading the chunks before it: block-causal attention.
 
-    Differentiating it keeps one cache a chunk.
+    Dense and without a window all chunks go through the layers together, as none has to wait for another's selection;
+    otherwise one after the other by way of the cache, of which differentiating keeps one a chunk.
 
     Args:
         timestep: one a frame, the same within a chunk.
@@ -63,6 +66,8 @@ def causal_pass(
         ValueError: if `config.rollout` has guidance, or the frames do not split into chunks.
     """
     lengths, state, text = *_begin(config, keys, x.shape[1]), text_cache(model, prompt)
+    if config.sparsity.dense and config.cache.window is None:
+        return _together(model, text, x, timestep, context, lengths, state, config, through_cache, remat)
 
     def chunk(cache: KVCache, index: Array, frames: tuple[Array, Array, Array | None]) -> tuple[KVCache, Array]:
         noisy, times, clean = frames
@@ -74,6 +79,53 @@ def causal_pass(
         return kv.append(cache, new, noisy.shape[1], config.rollout.chunk_frames), velocity
 
     return over_chunks(chunk, state.cache, 0, lengths, (x, timestep, context))[1]
+
+
+def _together(
+    model: WanDiT,
+    text: TextCache,
+    x: Float[Array, "b f h w c"],
+    timestep: Float[Array, "b f"],
+    context: Float[Array, "b f h w c"] | None,
+    lengths: tuple[int, ...],
+    state: RolloutState,
+    config: Config,
+    through_cache: bool,
+    remat: bool,
+) -> Float[Array, "b f h w c"]:
+    """`causal_pass` of all chunks at once: the context is half of the rows, the first, whose keys all read."""
+    (batch, frames), grid, rows, times = x.shape[:2], Grid.of(config), x, timestep
+    starts = list(accumulate(lengths, initial=0))
+    if context is not None:
+        parts = jnp.split(context, starts[1:-1], axis=1)
+        clean = [as_context(part, state.keys, jnp.int32(index), config, None) for index, part in enumerate(parts)]
+        rows = jnp.concatenate([jnp.concatenate(clean, axis=1).astype(x.dtype), x])
+        times = jnp.concatenate([jnp.full_like(times, config.rollout.context_timestep), times])
+    halves = rows.shape[0] // batch
+    time, modulation = embed_time(model, times)
+    turn = turns(model, state.cache, frames, grid)
+
+    def attend(own: SelfAttention, qkv: Array) -> tuple[Array, ChunkKV]:
+        q, _, new = own.queries_keys(qkv, turn, grid, pool=False)
+        past = [half[:batch] if through_cache else jax.lax.stop_gradient(half[:batch]) for half in (new.k, new.v)]
+
+        def chunk(start: int, end: int) -> Array:
+            keys, values = (
+                jnp.concatenate([jnp.tile(old[:, :start], (halves, 1, 1, 1)), part[:, start:end]], axis=1)
+                for old, part in zip(past, (new.k, new.v), strict=True)
+            )
+            return attention.dense_attention(q[:, start:end], keys, values, implementation=config.sparsity.implementation)
+
+        tokens = [start * grid.frame_tokens for start in starts]
+        return jnp.concatenate([chunk(*ends) for ends in pairwise(tokens)], axis=1), new
+
+    def layer(tokens: Array, index: Array, block: Block, text: TextCache) -> tuple[Array, None]:
+        k, v = (jnp.tile(part, (halves, 1, 1, 1)) for part in (text.k, text.v))
+        return block(tokens, modulation, k, v, attend)[0], None
+
+    tokens, _ = over_layers(model, layer, patchify(model, rows), text, remat=remat)
+    velocity = model.head(tokens[-batch:], time[-batch:])
+    return unpatchify(model, velocity, grid).astype(x.dtype)
 
 
 def self_rollout(
@@ -142,7 +194,8 @@ def exit_gradient(
 
         def of(model: WanDiT) -> Array:
             at, text = _row(schedule, exits[index]), text_cache(model, prompt)
-            return _exit(model, text, x, cache, chunk_budget(state, index), at, config, remat)
+            kept = remat or None  # of one chunk: layers unrolled would save less time than they take to compile
+            return _exit(model, text, x, cache, chunk_budget(state, index), at, config, kept)
 
         latents, pull = jax.vjp(of, model)
         total = jax.tree.map(jnp.add, total, *pull(by_latents))
@@ -167,7 +220,7 @@ def _network(
     cache: KVCache,
     budget: Budget | None,
     config: Config,
-    remat: bool = False,
+    remat: bool | None = None,
 ) -> tuple[Array, ChunkKV]:
     return forward(model, x, timestep, text, cache, budget, Grid.of(config), config.sparsity, remat)
 
@@ -180,7 +233,7 @@ def _exit(
     budget: Budget | None,
     at: solvers.Schedule,
     config: Config,
-    remat: bool = False,
+    remat: bool | None = None,
 ) -> Array:
     """x0 as predicted at one step of the schedule."""
     velocity, _ = _network(model, text, x, jnp.broadcast_to(at.timestep, x.shape[:2]), cache, budget, config, remat)

@@ -96,17 +96,19 @@ def in_one_pass(case):
     return graded(lambda m: single_pass(m, PROMPT, x, timestep, context, lengths, through=case != "cut"), target)
 
 
-@pytest.mark.parametrize("case", ["sparse", "cut", "own"])
+@pytest.mark.parametrize("case", ["clean", "window", "sparse", "cut", "own"])
 def test_causal_pass_equals_one_pass_behind_a_mask(case):
-    """Values and gradients: of teacher forcing, through the cache or not, and of frames that read noisy ones."""
+    """Values and gradients: of teacher forcing, through the cache or not, all chunks at once or, sparse and with a window,
+    one by one; and of frames that read noisy ones."""
     x, context, target, timestep = inputs(case)
     config = change(
         sparsity=EVERY_BLOCK if case == "sparse" else CONFIG.sparsity,
+        cache=dict(window=9 if case == "window" else None),
         rollout=dict(independent_first_frame=case == "own"),
     )
     options = dict(through_cache=case != "cut", remat=case == "sparse")
     got, gradient = graded(lambda m: causal_pass(m, PROMPT, x, timestep, KEYS, config, context, **options), target)
-    want, wanted = in_one_pass("clean" if case == "sparse" else case)
+    want, wanted = in_one_pass(case if case in ("cut", "own") else "clean")
     assert float(jnp.std(want)) > 0.1
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert distance(gradient, wanted) < 1e-5

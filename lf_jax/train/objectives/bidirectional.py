@@ -27,7 +27,7 @@ def bidirectional(
     x: Float[Array, "b f h w c"],
     timestep: Float[Array, "b f"],
     config: Config,
-    remat: bool = False,
+    remat: bool | None = None,
 ) -> Float[Array, "b f h w c"]:
     """The velocity of a whole video. Dense whatever `config.sparsity` says: a chunk without a past keeps all its blocks.
 
