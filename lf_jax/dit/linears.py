@@ -10,7 +10,9 @@ from flax import nnx
 
 from lf_jax import config, layers, quant
 from lf_jax.arrays import Array, Float
-from lf_jax.layers import gelu, xavier
+from lf_jax.layers import xavier
+
+gelu = jax.checkpoint(layers.gelu)  # for the gradient keeps its input, instead of four steps of it as wide as that
 
 
 class Linear(layers.Linear):
@@ -65,6 +67,7 @@ def linear(
     return Joined(inputs, outputs, parts=parts, dtype=dtype, rngs=rngs)
 
 
+@jax.checkpoint  # keeps y as it is, not in float32
 def gated_sum(x: Float[Array, "b t d"], gate: Float[Array, "b f d"], y: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
     """`x + gate * y` with the gate of the token's frame; float32 inside, rounded once."""
     gated = y.astype(jnp.float32).reshape(*gate.shape[:2], -1, y.shape[-1]) * gate[:, :, None]
