@@ -2,7 +2,7 @@
 # make lint    ruff, as pre-commit runs it         make clean  removes the environment and the outputs
 # make recipe  trains the model that ships, on a GPU, in 40 minutes or in slices (docs/recipe.md): runs/world
 #
-# PYTHON picks the interpreter. The constraints pin what continuous integration tested on it.
+# PYTHON picks the interpreter. The constraints pin what continuous integration tested on it. Bytecode is made when it is used.
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
@@ -16,15 +16,16 @@ OUT ?= outputs/demo
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@
 
 # Made only where it is missing.
 $(CONSTRAINTS):
 	$(error $(PYTHON) is none of the tested Pythons, 3.11 and 3.12: name one, for example PYTHON=python3.12)
 
+# In the order of names: by their numbers of tests, the longest files would come last.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The main job from its real beginning: PyTorch checkpoints in their original layouts, here with random weights.
 demo: $(VENV)/installed
