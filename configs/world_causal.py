@@ -20,7 +20,6 @@ TRAIN = Train(
     init={"model": "runs/world_teacher/model"},
     steps=1200,
     batch=64,
-    accumulate=2,  # the cache of every chunk is kept for the gradient
     save_every=200,
     log_every=20,
 )
