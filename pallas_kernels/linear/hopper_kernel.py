@@ -1,4 +1,4 @@
-"""The kernel of `hopper`: y = epilogue(x w^T) on e4m3 tensor cores, started once for each multiprocessor.
+"""The kernel of `hopper`: y = epilogue(x w) on the tensor cores, in e4m3 or bfloat16, started once for each multiprocessor.
 
 A thread block serves 128 tokens and `Config.tile` output channels at a time with three warpgroups: the third starts the copies,
 the other two each hold 64 tokens and multiply. What makes it fast:
@@ -9,7 +9,11 @@ the other two each hold 64 tokens and multiply. What makes it fast:
 * Two thread blocks of a cluster hold neighbouring tokens: each loads half of the weights' tile and sends it to both.
 * Weights are read where they lie in the stack of the layers.
 
+A step of the products takes 128 bytes of every row of x: 128 inputs in float8, 64 in bfloat16, in the same time. Weights in
+float8 lie as [out, in], the only order in which the tensor cores take them; those in bfloat16 as [in, out] or as [out, in].
+
 The tensor cores sum e4m3 products with about 14 bits. That is left as it is: the operands, rounded to float8, have four.
+Products of bfloat16 numbers are summed in float32, and rounded once, after everything that follows.
 """
 
 import dataclasses
@@ -27,7 +31,7 @@ from pallas_kernels.linear.types import FLOAT8, LARGEST, SMALLEST_ROW, Quantised
 from pallas_kernels.mosaic import COLUMN, MATRIX, ROW, across, iota, kernel, load, swizzled
 
 ROWS, HALF = 128, 64  # tokens of a thread block, of a consumer
-DEPTH = 128  # inputs of a step of the products
+DEPTH = 128  # bytes of a row of x in a step of the products
 SHARED, SPARE = 227 * 1024, 2048  # bytes of shared memory that a thread block may have, of it for barriers and alignment
 SNAKE = 8  # tiles of output channels that are walked together
 
@@ -61,16 +65,35 @@ class Epilogue(NamedTuple):
     reach: jax.Array | None  # [layer, 2] float32
 
 
-def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, epilogue: Epilogue, config: Config) -> Any:
-    """[rows, out] bfloat16, or Quantised where there is a reach. x is [rows, in], w [layer, out, in], bias [layer, out]."""
-    (rows, inputs), (_, outputs, _), tile, cluster = x.values.shape, w.values.shape, config.tile, config.cluster
+def run(
+    x: Quantised | jax.Array,
+    w: Quantised | jax.Array,
+    bias: jax.Array,
+    layer: jax.Array | None,
+    turned: bool,
+    epilogue: Epilogue,
+    config: Config,
+) -> Any:
+    """[rows, out] bfloat16, or Quantised where there is a reach.
+
+    Args:
+        x: [rows, in], float8 or bfloat16.
+        w: [layer, out, in] where `turned`, otherwise [layer, in, out], which float8 cannot be.
+        bias: [layer, out], float32 or bfloat16.
+    """
+    scales = {"x_scale": x.scale, "w_scale": w.scale} if isinstance(x, Quantised) else {}
+    x, w = (x.values, w.values) if scales else (x, w)
+    (rows, inputs), outputs, tile, cluster = x.shape, w.shape[1 if turned else 2], config.tile, config.cluster
     quantised, gated = epilogue.reach is not None, epilogue.gate is not None
     tiles = (-(-rows // (ROWS * cluster)), -(-outputs // tile))
     blocks = min(config.multiprocessors // cluster, math.prod(tiles))
-    steps = -(-inputs // DEPTH)
+    deep = DEPTH // x.dtype.itemsize  # inputs of a step
+    piled = swizzled(deep if turned or tile % deep == 0 else deep // 2, x.dtype)  # x and w alike: the tensor cores' rule
+    steps = -(-inputs // deep)
     stages, lead = min(config.stages, steps), min(config.lead, config.stages, steps)
     dtype = FLOAT8 if quantised else jnp.bfloat16
     piece = 64 if quantised and tile % 64 == 0 else 32  # output channels that are finished at a time
+    biases = -(-tile // 64) * 64  # that are copied: a multiple of 128 bytes, whatever their dtype
     frames = 1 if not gated or epilogue.frame_tokens % ROWS == 0 else 2  # that a tile may lie in
     buffers = config.buffers or 2
     if config.buffers is None and epilogue.residual is not None:
@@ -78,7 +101,7 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
         buffers = max((SHARED - taken) // (ROWS * piece * jnp.dtype(dtype).itemsize), 1)
     buffers = min(buffers, tile // piece)
 
-    arrays = {"x": x.values, "x_scale": x.scale, "w": w.values, "w_scale": w.scale, "bias": bias}
+    arrays = {"x": x, "w": w, "bias": bias} | scales
     arrays |= {"layer": layer.astype(jnp.int32).reshape(1)} if layer is not None else {}
     arrays |= {name: getattr(epilogue, name) for name in ("gate", "residual", "reach") if getattr(epilogue, name) is not None}
     out_type = [jax.ShapeDtypeStruct((rows, outputs), dtype)]
@@ -87,7 +110,8 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
     def body(*refs):
         g, refs = dict(zip(arrays, refs, strict=False)), refs[len(arrays) :]
         out_g, *out_scale_g = refs[: len(out_type)]
-        x_s, w_s, rows_s, columns_s, gate_s, out_s, out_scale_s, full, free, known, fetched, ahead = refs[len(out_type) :]
+        x_s, w_s, rows_s, columns_s, bias_s, gate_s, out_s, out_scale_s, *barriers = refs[len(out_type) :]
+        full, free, known, fetched, ahead = barriers
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
         own = mosaic.turns(math.prod(tiles), block, blocks)  # tiles that this thread block takes
         at_layer = g["layer"][0] if layer is not None else 0
@@ -102,11 +126,10 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
             begin, both consumers multiply the one before, so they have finished that before it."""
             (row, column), side = place(i), lax.rem(i, 2)
             channels = pl.ds(column, tile)
-            pairs = [
-                (g["x_scale"].at[pl.ds(row, ROWS)], rows_s.at[side]),
-                (g["w_scale"].at[at_layer, channels], columns_s.at[side, 0]),
-                (g["bias"].at[at_layer, channels], columns_s.at[side, 1]),
-            ]
+            pairs = [(g["bias"].at[at_layer, pl.ds(column, biases)], bias_s.at[side])]
+            if scales:
+                pairs.append((g["x_scale"].at[pl.ds(row, ROWS)], rows_s.at[side]))
+                pairs.append((g["w_scale"].at[at_layer, channels], columns_s.at[side]))
             for f in range(frames * gated):
                 pairs.append((g["gate"].at[lax.div(row, epilogue.frame_tokens) + f, channels], gate_s.at[side, f]))
             for source, target in pairs:
@@ -123,12 +146,12 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
                 @pl.loop(0, steps)
                 def _(k):
                     number = i * steps + k
-                    slot, depth = lax.rem(number, stages), pl.ds(k * DEPTH, DEPTH)
+                    slot, depth, channels = lax.rem(number, stages), pl.ds(k * deep, deep), pl.ds(column, tile)
                     pl.when(number >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                     shared = {"collective_axes": "cluster"} if cluster > 1 else {}
                     plgpu.copy_gmem_to_smem(g["x"].at[pl.ds(row, ROWS), depth], x_s.at[slot], full.at[slot])
-                    weights = g["w"].at[at_layer, pl.ds(column, tile), depth]
-                    plgpu.copy_gmem_to_smem(weights, w_s.at[slot], full.at[slot], **shared)
+                    place_of_w = (channels, depth) if turned else (depth, channels)
+                    plgpu.copy_gmem_to_smem(g["w"].at[at_layer, *place_of_w], w_s.at[slot], full.at[slot], **shared)
                     pl.when(k == 0)(lambda: vectors(i))
 
             @pl.loop(lax.max(own * steps - stages, 0), own * steps)  # no arrival may be left that nobody saw
@@ -159,7 +182,7 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
                         number = i * steps + k
                         slot = lax.rem(number, stages)
                         plgpu.barrier_wait(full.at[slot])
-                        plgpu.wgmma(sums, x_s.at[slot, half], w_s.at[slot].T)
+                        plgpu.wgmma(sums, x_s.at[slot, half], w_s.at[slot].T if turned else w_s.at[slot])
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(free.at[slot])
                         if lead:
@@ -187,7 +210,7 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
                 plgpu.barrier_wait(known.at[side])
                 if epilogue.residual is None:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was written of the tile before
-                x_scale, inverse = load(rows_s.at[side, half], ROW), None
+                x_scale, inverse = load(rows_s.at[side, half], ROW) if scales else None, None
                 if quantised:
                     scale = jnp.maximum(x_scale * slope + least, SMALLEST_ROW) * (1 / LARGEST)
                     inverse = 1 / scale
@@ -201,8 +224,9 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
 
                 for c in range(tile // piece):
                     y, to = sums[:, c * piece : (c + 1) * piece], c % buffers
-                    y = y * across(x_scale, y.shape, 0) * across(column(columns_s.at[side, 0], c), y.shape, 1)
-                    y = y + across(column(columns_s.at[side, 1], c), y.shape, 1)
+                    if scales:
+                        y = y * across(x_scale, y.shape, 0) * across(column(columns_s.at[side], c), y.shape, 1)
+                    y = y + across(column(bias_s.at[side], c).astype(jnp.float32), y.shape, 1)
                     times = across(inverse, y.shape, 0) if quantised else 1
                     y = gelu(y, times) if epilogue.activation == "gelu" else y * times
                     if gated:
@@ -239,16 +263,17 @@ def run(x: Quantised, w: Quantised, bias: jax.Array, layer: jax.Array | None, ep
         cluster={"cluster": cluster},
         out_type=out_type,
         scratch_types=[
-            plgpu.SMEM((stages, ROWS, DEPTH), FLOAT8, transforms=swizzled(DEPTH, FLOAT8)),
-            plgpu.SMEM((stages, tile, DEPTH), FLOAT8, transforms=swizzled(DEPTH, FLOAT8)),
-            plgpu.SMEM((2, ROWS), jnp.float32),
-            plgpu.SMEM((2, 2, tile), jnp.float32),
+            plgpu.SMEM((stages, ROWS, deep), x.dtype, transforms=piled),
+            plgpu.SMEM((stages, *((tile, deep) if turned else (deep, tile))), w.dtype, transforms=piled),
+            plgpu.SMEM((2, ROWS if scales else 4), jnp.float32),
+            plgpu.SMEM((2, tile if scales else 4), jnp.float32),
+            plgpu.SMEM((2, biases), bias.dtype),
             plgpu.SMEM((2, frames, tile if gated else 4), jnp.float32),
             plgpu.SMEM((2, buffers, HALF, piece), dtype, transforms=swizzled(piece, dtype)),
             plgpu.SMEM((2, HALF), jnp.float32),
             plgpu.Barrier(**both),
             release,
-            plgpu.Barrier(num_arrivals=3 + frames * gated, num_barriers=2),
+            plgpu.Barrier(num_arrivals=1 + len(scales) + frames * gated, num_barriers=2),
             plgpu.Barrier(num_barriers=(2, buffers)),
             plgpu.Barrier(),
         ],

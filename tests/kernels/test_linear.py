@@ -1,4 +1,4 @@
-"""Linear layers on float8 numbers against a product in numpy: in XLA, in the Mosaic interpreter, and as they are on a GPU."""
+"""Linear layers against a product in numpy: in XLA, in the Mosaic interpreter, and as they are on a GPU."""
 
 import dataclasses
 import functools
@@ -25,6 +25,8 @@ class Case:
     frames: int | None = None  # of a gate
     residual: bool = False
     quantise: bool = False
+    plain: bool = False  # bfloat16 in place of float8
+    turned: bool = False
     config: tuple = ()  # fields of the kernel's configuration; nothing: the kernel's choice
 
     def configured(self, **more):
@@ -33,7 +35,12 @@ class Case:
 
     @property
     def fixed(self):
-        return {"activation": "gelu" if self.gelu else None, "dtype": jnp.dtype(jnp.bfloat16)}
+        form = {"turned": self.turned} if self.plain else {"dtype": jnp.dtype(jnp.bfloat16)}
+        return {"activation": "gelu" if self.gelu else None, **form}
+
+    def of(self, module):
+        """The layer of that implementation."""
+        return functools.partial(module.plain, sliced=None) if self.plain else module.linear
 
 
 CASES = {
@@ -47,6 +54,16 @@ CASES = {
     "frames that end within tiles": Case(b=2, tokens=150, residual=True, frames=1, config=(("buffers", 2), ("lead", 1))),
     "frames that end with tiles": Case(tokens=256, outputs=64, residual=True, frames=2, config=(("tile", 64),)),
     "GELU, pieces that leave a rest of the buffers": Case(tokens=128, gelu=True, config=(("tile", 96), ("multiprocessors", 1))),
+    "bfloat16, one layer of two, clusters": Case(
+        plain=True, layers=2, tokens=300, inputs=320, config=(("cluster", 2), ("multiprocessors", 4))
+    ),
+    "bfloat16, turned, GELU": Case(plain=True, turned=True, gelu=True, layers=2, config=(("tile", 96), ("lead", 1))),
+    "bfloat16, gate, narrow pieces of the weights": Case(
+        plain=True, b=2, tokens=150, inputs=192, residual=True, frames=1, config=(("tile", 224), ("stages", 3))
+    ),
+    "bfloat16, residual, a bias shorter than a tile": Case(
+        plain=True, tokens=65, residual=True, layers=3, config=(("tile", 160),)
+    ),
 }
 
 
@@ -59,18 +76,23 @@ def arguments(case: Case):
         return jnp.asarray(draw.standard_normal(shape), jnp.float32)
 
     stack = () if case.layers is None else (case.layers,)
-    x = quantise_rows(normal(case.b, case.tokens, case.inputs) * jnp.exp(normal(case.b, case.tokens, 1)))
-    w = quantise_rows(normal(*stack, case.outputs, case.inputs) * case.inputs**-0.5)
+    x = normal(case.b, case.tokens, case.inputs) * jnp.exp(normal(case.b, case.tokens, 1))
+    w = normal(*stack, case.outputs, case.inputs) * case.inputs**-0.5
     bias, whole = normal(*stack, case.outputs), (case.b, case.tokens, case.outputs)
+    if case.plain:
+        x, w, bias = (array.astype(jnp.bfloat16) for array in (x, w if case.turned else w.swapaxes(-1, -2), bias))
+    else:
+        x, w = quantise_rows(x), quantise_rows(w)
     rest = {
         "gate": normal(case.b, case.frames, case.outputs) if case.frames else None,
         "residual": normal(*whole).astype(jnp.bfloat16) if case.residual else None,
-        "reach": reach(w, bias) if case.quantise else None,
-    }
+    } | ({} if case.plain else {"reach": reach(w, bias) if case.quantise else None})
     return (x, w, bias, None if case.layers is None else jnp.int32(case.layers - 1)), rest
 
 
-def plain(q: Quantised) -> np.ndarray:
+def plain(q: Quantised | jax.Array) -> np.ndarray:
+    if not isinstance(q, Quantised):
+        return np.asarray(q, np.float64)
     return np.asarray(q.values, np.float64) * np.asarray(q.scale, np.float64)[..., None]
 
 
@@ -79,7 +101,7 @@ def expected(case: Case) -> np.ndarray:
     weights, bias = plain(w), np.asarray(bias, np.float64)
     if layer is not None:
         weights, bias = weights[int(layer)], bias[int(layer)]
-    y = plain(x) @ weights.T + bias
+    y = plain(x) @ (weights if case.plain and not case.turned else weights.T) + bias
     if case.gelu:
         y = 0.5 * y * (1 + np.tanh((2 / np.pi) ** 0.5 * (y + 0.044715 * y**3)))
     if case.frames:
@@ -107,13 +129,15 @@ def distance(got, wanted) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_xla(name):
-    check(CASES[name], xla.linear, expected(CASES[name]))
+    """Of bfloat16, every operation rounds what it returns."""
+    case = CASES[name]
+    check(case, case.of(xla), expected(case), rounding=4.5e-3 if case.plain else 2.5e-3)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_in_the_interpreter(name, interpret):
     case = CASES[name]
-    check(case, functools.partial(hopper.linear, config=case.configured(interpret=interpret)), expected(case))
+    check(case, functools.partial(case.of(hopper), config=case.configured(interpret=interpret)), expected(case))
 
 
 FULL_SIZE = {
@@ -122,6 +146,9 @@ FULL_SIZE = {
     "4680 tokens, residual": Case(tokens=4680, outputs=1536, inputs=1536, layers=30, residual=True),
     "4608 tokens, gate": Case(tokens=4608, outputs=1536, inputs=8960, layers=30, residual=True, frames=3),
     "4680 tokens, gate": Case(tokens=4680, outputs=1536, inputs=1536, layers=30, residual=True, frames=3),
+    "4608 tokens, bfloat16, turned": Case(plain=True, turned=True, tokens=4608, outputs=4608, inputs=1536, layers=30),
+    "4680 tokens, bfloat16, GELU": Case(plain=True, tokens=4680, outputs=8960, inputs=1536, layers=30, gelu=True),
+    "4680 tokens, bfloat16, gate": Case(plain=True, tokens=4680, outputs=1536, inputs=8960, layers=30, residual=True, frames=3),
 }
 
 
@@ -131,36 +158,42 @@ def test_on_the_gpu(name):
     """Against XLA, which is checked above. The tensor cores' sums of float8 products have about 14 bits."""
     case = dataclasses.replace(FULL_SIZE[name], layers=2)
     given, rest = arguments(case)
-    fixed = case.fixed | {"dtype": jnp.dtype(jnp.float32)}
-    rest = {key: value.astype(jnp.float32) if key == "residual" and value is not None else value for key, value in rest.items()}
-    wanted = np.asarray(jax.jit(functools.partial(xla.linear, **fixed))(*given, **rest | {"reach": None}))
+    exact = case.fixed if case.plain else case.fixed | {"dtype": jnp.dtype(jnp.float32)}
+    wide = {key: None if key == "reach" or value is None else value.astype(jnp.float32) for key, value in rest.items()}
+    first = jax.tree.map(lambda x: x.astype(jnp.float32), given[:1]) if case.plain else given[:1]
+    with jax.default_matmul_precision("highest"):
+        wanted = np.asarray(jax.jit(functools.partial(case.of(xla), **exact))(*first, *given[1:], **wide))
     for config in (None, Config(tile=96, cluster=1, lead=0), Config(tile=256, stages=3, buffers=1)):
-        check(case, functools.partial(hopper.linear, config=config), wanted, rounding=4e-3)
+        check(case, functools.partial(case.of(hopper), config=config), wanted, rounding=4e-3)
 
 
 @pytest.mark.gpu
 def test_small_sizes_on_the_gpu():
     for case in CASES.values():
-        check(case, functools.partial(hopper.linear, config=case.configured()), expected(case))
+        check(case, functools.partial(case.of(hopper), config=case.configured()), expected(case))
 
 
-@pytest.mark.parametrize("name", [*FULL_SIZE, "residual", "GELU, pieces that leave a rest of the buffers"])
+@pytest.mark.parametrize(
+    "name", [*FULL_SIZE, "residual", "GELU, pieces that leave a rest of the buffers", "bfloat16, turned, GELU"]
+)
 def test_lowers_without_a_gpu_to_one_kernel(name):
     """Shared memory, shapes and layouts are checked on the way. Nothing is copied, unless rows do not come in eights."""
     case, array = (FULL_SIZE | CASES)[name], jax.ShapeDtypeStruct
     stack = () if case.layers is None else (case.layers,)
 
     def rows(*shape):
+        if case.plain:
+            return array(shape, jnp.bfloat16)
         return Quantised(array(shape, jnp.float8_e4m3fn), array(shape[:-1], jnp.float32))
 
     rest = {
         "gate": array((case.b, case.frames, case.outputs), jnp.float32) if case.frames else None,
         "residual": array((case.b, case.tokens, case.outputs), jnp.bfloat16) if case.residual else None,
-        "reach": array((*stack, 2), jnp.float32) if case.quantise else None,
-    }
-    weights, bias = rows(*stack, case.outputs, case.inputs), array((*stack, case.outputs), jnp.float32)
+    } | ({} if case.plain else {"reach": array((*stack, 2), jnp.float32) if case.quantise else None})
+    order = (case.inputs, case.outputs) if case.plain and not case.turned else (case.outputs, case.inputs)
+    weights, bias = rows(*stack, *order), array((*stack, case.outputs), jnp.bfloat16 if case.plain else jnp.float32)
     given = rows(case.b, case.tokens, case.inputs), weights, bias, array((), jnp.int32) if stack else None
-    run = functools.partial(hopper.linear, **case.fixed, config=case.configured())
+    run = functools.partial(case.of(hopper), **case.fixed, config=case.configured())
     text = jax.jit(run).trace(*given, **rest).lower(lowering_platforms=("cuda",)).as_text()
     operations = {line.split("stablehlo.")[1].split()[0] for line in text.splitlines() if "stablehlo." in line}
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
@@ -169,17 +202,18 @@ def test_lowers_without_a_gpu_to_one_kernel(name):
 
 
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs", "tile", "cluster"),
+    ("rows", "row_bytes", "outputs", "tile", "cluster"),
     [
         (4608, 8960, 1536, 224, 2),  # 252 tiles for 132 multiprocessors, where tiles of 256 are 216
         (4680, 1536, 1536, 224, 1),  # 259 fit two waves, pairs of them do not
         (4608, 1536, 4608, 256, 2),
         (512, 1536, 1536, 128, 2),  # small tiles, so that there are more
+        (4608, 2 * 8960, 1536, 224, 2),  # bfloat16
     ],
 )
-def test_tiles_fill_the_waves(monkeypatch, rows, inputs, outputs, tile, cluster):
+def test_tiles_fill_the_waves(monkeypatch, rows, row_bytes, outputs, tile, cluster):
     monkeypatch.setattr(platform, "device", lambda: platform.Device("gpu", "NVIDIA H200", (9, 0), 1, 132))
-    chosen = hopper.layout(rows, inputs, outputs)
+    chosen = hopper.layout(rows, row_bytes, outputs)
     assert (chosen.tile, chosen.cluster, chosen.multiprocessors) == (tile, cluster, 132)
 
 
@@ -248,18 +282,64 @@ def test_gradients_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "frame_tokens", "dtype", "rule"),
+    ("call", "rule"),
     [
-        (192, 64, None, None, "multiple of 128 inputs"),
-        (128, 100, None, None, "multiple of 64 outputs"),
-        (128, 64, 100, None, "128 tokens a frame"),
-        (128, 64, None, jnp.dtype("float32"), "not float32"),
+        ((192, 64, None, None), "multiple of 128 inputs"),
+        ((96, 64, None, jnp.bfloat16, jnp.bfloat16), "multiple of 64 inputs"),
+        ((128, 100, None, None), "multiple of 64 outputs"),
+        ((128, 64, 100, None), "128 tokens a frame"),
+        ((128, 64, None, jnp.dtype("float32")), "not float32"),
+        ((128, 64, None, jnp.float32, jnp.float32), "multiplies float8_e4m3fn or bfloat16, not float32"),
     ],
 )
-def test_what_the_kernel_is_not_made_for(monkeypatch, inputs, outputs, frame_tokens, dtype, rule):
+def test_what_the_kernel_is_not_made_for(monkeypatch, call, rule):
     monkeypatch.setattr(platform, "device", lambda: platform.Device("gpu", "NVIDIA H200", (9, 0), 1, 132))
-    assert rule in explain(inputs, outputs, frame_tokens, dtype)["hopper"]
+    assert rule in explain(*call)["hopper"]
     assert explain(1536, 8960, 1560, jnp.dtype("bfloat16")) == {"hopper": None, "xla": None}
+    assert explain(192, 8960, 1560, jnp.bfloat16, operands=jnp.bfloat16) == {"hopper": None, "xla": None}
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """As on a Hopper GPU, where the kernel gives sevens."""
+
+    def sevens(x, w, bias, layer, sliced, **rest):
+        return jnp.full((*x.shape[:-1], w.shape[-1]), 7, x.dtype)
+
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "hopper", api.Implementation(lambda *call: None, None, sevens))
+
+
+def stacked_layer(**given):
+    (x, stack, biases, layer), _ = arguments(CASES["bfloat16, one layer of two, clusters"])
+    mine = stack[layer], biases[layer]
+    return lambda x, w, bias: linear(x, stack, biases, layer=layer, sliced=(w, bias), **given), (x, *mine)
+
+
+def test_differentiated_it_is_xlas_in_value_and_gradient(ours):
+    run, given = stacked_layer(activation="gelu")
+    assert (run(*given) == 7).all()
+
+    def wanted(x, w, bias):
+        return jax.nn.gelu(x @ w + bias, approximate=True)
+
+    for transform in (
+        lambda f: lambda *a: (lambda out, pull: (out, pull(out)))(*jax.vjp(f, *a)),
+        lambda f: lambda *a: jax.jvp(f, a, a),
+    ):
+        same = jax.tree.map(jnp.array_equal, jax.jit(transform(run))(*given), jax.jit(transform(wanted))(*given))
+        assert all(jax.tree.leaves(same))
+
+
+def test_a_named_kernel_has_no_gradient(ours):
+    run, given = stacked_layer(implementation="hopper")
+    with pytest.raises(NotImplementedError, match="leave the choice open"):
+        jax.grad(lambda *a: run(*a).astype(jnp.float32).sum())(*given)
+
+
+def test_a_stack_is_a_slice_of_it():
+    run, (x, w, bias) = stacked_layer(implementation="xla")
+    (_, stack, biases, layer), _ = arguments(CASES["bfloat16, one layer of two, clusters"])
+    assert (run(x, w, bias) == linear(x, stack, biases, layer=layer, implementation="xla")).all()
 
 
 def test_a_named_implementation_runs_or_raises():
@@ -275,12 +355,14 @@ def test_a_named_implementation_runs_or_raises():
 
 x, w = quantise_rows(jnp.ones((1, 6, 64))), quantise_rows(jnp.ones((32, 64)))
 bias, whole = jnp.zeros(32), jnp.zeros((1, 6, 32), jnp.bfloat16)
+PLAIN = {"x": jnp.ones((1, 6, 64)), "w": jnp.ones((64, 32))}
+STACKED = {"x": jnp.ones((1, 6, 64)), "w": jnp.ones((2, 64, 32)), "bias": jnp.ones((2, 32)), "layer": jnp.int32(0)}
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"x": quantise_rows(jnp.ones((6, 32)))}, r"x.values.shape=\(6, 32\) must be \[..., 64\]"),
+        ({"x": quantise_rows(jnp.ones((6, 32)))}, r"x.shape=\(6, 32\) must be \[..., 64\]"),
         ({"x": Quantised(jnp.ones((6, 64)), jnp.ones(6))}, "x.values must be float8_e4m3fn, received float32"),
         ({"w": Quantised(w.values, w.scale.astype(jnp.bfloat16))}, "w.scale must be float32, received bfloat16"),
         ({"w": Quantised(w.values, w.scale[:, None])}, r"w.scale.shape=\(32, 1\) must be \(32,\)"),
@@ -296,6 +378,14 @@ bias, whole = jnp.zeros(32), jnp.zeros((1, 6, 32), jnp.bfloat16)
         ({"gate": jnp.ones((1, 4, 32)), "residual": whole}, r"gate.shape=\(1, 4, 32\) must be \[1, f, 32\]"),
         ({"reach": jnp.ones(2)}, "reach goes with quantise=True"),
         ({"reach": jnp.ones(3), "quantise": True}, r"reach must be float32 \(2,\), received float32 \(3,\)"),
+        ({"x": jnp.ones((1, 6, 64))}, "x and w must both be Quantised or neither"),
+        ({"turned": True}, "turned and sliced go with plain arrays"),
+        (PLAIN | {"quantise": True}, "quantise=True goes with float8"),
+        (PLAIN | {"dtype": jnp.bfloat16}, "dtype=bfloat16 goes with float8: of plain x it is float32"),
+        (PLAIN | {"turned": True}, r"x.shape=\(1, 6, 64\) must be \[..., 32\]"),
+        (PLAIN | {"layer": jnp.int32(0)}, r"must be \[layer, in, out\] with layer"),
+        (PLAIN | {"sliced": (jnp.ones((64, 32)), bias)}, "sliced goes with layer"),
+        (STACKED | {"sliced": (jnp.ones((32, 64)), bias)}, r"sliced must be of \(64, 32\) and \(32,\), received \(\(32, 64\)"),
         ({"implementation": "triton"}, "implementation='triton' must be one of hopper, xla, or None"),
     ],
 )
