@@ -14,6 +14,7 @@ from lf_jax.dit import TextCache, WanDiT, forward, text_cache
 from lf_jax.layers import sinusoid
 from lf_jax.sparsity import Budget
 from lf_jax.tokens import Grid
+from pallas_kernels.linear import api, xla
 
 TINY = config.Model(
     dim=24, ffn_dim=40, heads=2, layers=3, channels=4, freq_dim=16, text_dim=12, text_len=6, eps=1e-6, dtype="float32"
@@ -174,6 +175,31 @@ def test_gradient_equals_a_float64_difference():
     up, down = (np.mean(numpy_model({n: p[n] + e * d[n] for n in p}, *inputs(), (2, 3)) ** 2) for e in (h, -h))
     np.testing.assert_allclose(got, (up - down) / (2 * h), rtol=1e-4)
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
+
+
+def test_the_kernel_reads_stacks_and_gradients_go_to_slices(monkeypatch):
+    """A slice handed to a kernel would be a copy, and every layer's gradient of a whole stack as large as the stack."""
+    dit, (x, timestep, embeddings), seen = random_model(), inputs(), []
+
+    def loss(dit, x):
+        given = x[:, :2], timestep[:, :2], text_cache(dit, embeddings), empty_cache()
+        return jnp.square(forward(dit, *given, None, grid=GRID, sparsity=DENSE)[0]).mean()
+
+    def kernel(x, w, bias, layer, sliced, **rest):
+        seen.append((w.shape[0], bias.shape[0], jnp.shape(layer)))
+        return xla.plain(x, w, bias, layer, None, **rest)
+
+    plain, wanted = jax.jit(loss)(dit, x), jax.jit(jax.grad(loss))(dit, x)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "hopper", api.Implementation(lambda *call: None, None, kernel))
+    jax.clear_caches()
+    np.testing.assert_allclose(jax.jit(loss)(dit, x), plain, rtol=1e-6)
+    of_text, of_pass = 2, 6
+    assert len(seen) == of_text + of_pass and set(seen) == {(TINY.layers, TINY.layers, ())}
+    program = jax.make_jaxpr(jax.grad(loss))(dit, x)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(jax.grad(loss))(dit, x), wanted)
+    whole = dit.blocks.ffn.up.kernel.shape
+    assert f"f32[{TINY.layers},{','.join(map(str, whole))}]" not in str(program)
+    jax.clear_caches()
 
 
 def test_text_is_padded_with_zero_rows_that_count():

@@ -9,44 +9,63 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lf_jax import config, layers, quant
-from lf_jax.arrays import Array, Float
+from lf_jax.arrays import Array, Float, Int
 from lf_jax.layers import xavier
+from pallas_kernels import linear as kernels
 
-gelu = jax.checkpoint(layers.gelu)  # for the gradient keeps its input, instead of four steps of it as wide as that
 
+class Full(nnx.Module):
+    """What both kinds of the first form share. `turned`: whether `matrix` is [out, in]."""
 
-class Linear(layers.Linear):
+    turned: bool
+
+    def matrix(self) -> tuple[Float[Array, "*l i o"], Float[Array, "*l out"]]:
+        """Weights and bias as `pallas_kernels.linear.linear` takes them; of a stack of layers, with its leading axis."""
+        raise NotImplementedError
+
     def __call__(
         self,
         x: Float[Array, "b t d"],
         *,
+        stack: tuple[Float[Array, "l i o"], Float[Array, "l out"]] | None = None,
+        layer: Int[Array, ""] | None = None,
         activation: str | None = None,
         gate: Float[Array, "b f out"] | None = None,
         residual: Float[Array, "b t out"] | None = None,
     ) -> Float[Array, "b t out"]:
-        """
+        """As `pallas_kernels.linear.linear`.
+
         Args:
-            activation: "gelu" or None.
-            gate: of every frame, float32: what the output is multiplied with before it is added to `residual`.
+            stack: the `matrix` of a stack in which this is the layer `layer`: a kernel reads it there.
         """
-        y = super().__call__(x)
-        y = y if activation is None else gelu(y)
-        if residual is None:
-            return y
-        return residual + y if gate is None else gated_sum(residual, gate, y)
+        w, bias = mine = self.matrix()
+        more = {"turned": self.turned, "activation": activation, "gate": gate, "residual": residual}
+        if stack is None:
+            return kernels.linear(x, w, bias, **more)
+        return kernels.linear(x, *stack, layer=layer, sliced=mine, **more)
 
 
-class Joined(nnx.Module):
+class Linear(Full, layers.Linear):
+    turned = False
+
+    def matrix(self):
+        return self.kernel[...], self.bias[...]
+
+
+class Joined(Full):
     """Layers that read the same input, as one product: their outputs lie side by side."""
+
+    turned = True
 
     def __init__(self, inputs: int, outputs: int, *, parts: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         keys = jax.random.split(rngs.params(), parts)
         self.kernel = nnx.Param(jax.vmap(lambda key: xavier(key, (inputs, outputs), dtype).T)(keys))  # [part, out, in]
         self.bias = nnx.Param(jnp.zeros((parts, outputs), dtype))
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t out"]:
-        kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return x @ kernel.reshape(-1, kernel.shape[-1]).T + bias.reshape(-1)
+    def matrix(self):
+        kernel, bias = self.kernel[...], self.bias[...]
+        stack = kernel.shape[:-3]
+        return kernel.reshape(*stack, -1, kernel.shape[-1]), bias.reshape(*stack, -1)
 
 
 class Mlp(nnx.Module):
@@ -65,10 +84,3 @@ def linear(
     if parts is None:
         return Linear(inputs, outputs, dtype=dtype, rngs=rngs)
     return Joined(inputs, outputs, parts=parts, dtype=dtype, rngs=rngs)
-
-
-@jax.checkpoint  # keeps y as it is, not in float32
-def gated_sum(x: Float[Array, "b t d"], gate: Float[Array, "b f d"], y: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """`x + gate * y` with the gate of the token's frame; float32 inside, rounded once."""
-    gated = y.astype(jnp.float32).reshape(*gate.shape[:2], -1, y.shape[-1]) * gate[:, :, None]
-    return (x + gated.reshape(x.shape)).astype(x.dtype)

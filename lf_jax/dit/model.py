@@ -22,6 +22,7 @@ from lf_jax.arrays import Array, Float, Leaf
 from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.config import check
 from lf_jax.dit.block import Block, SelfAttention, Turn
+from lf_jax.dit.linears import Full
 from lf_jax.layers import Linear, Mlp, sinusoid
 from lf_jax.sparsity import Budget, timeline
 from lf_jax.tokens import Grid
@@ -99,24 +100,31 @@ def text_cache(model: WanDiT, embeddings: Float[Array, "b n text_dim"]) -> TextC
 def over_layers(model: WanDiT, layer: Callable, carry: Any, *inputs: Any, remat: bool | None = None) -> tuple[Any, Any]:
     """`layer(carry, index, block, *inputs) -> (carry, result)` from block to block, as one scan; all results, stacked.
 
-    A scan copies what it hands to a step out of its stack. Quantised layers are not handed over: their kernel gets the
-    whole stack, and the index of the layer. What a gradient keeps would be copied into stacks, too, which are filled with
-    zeros first, so the scan of a shallow network is then unrolled.
+    A scan copies what it hands to a step out of its stack. So linear layers get the whole stack, and the index of the layer,
+    for their kernel to read; those in full precision are handed over as well, but sliced only if another implementation, or a
+    gradient, asks for it. What a gradient keeps would be copied into stacks, too, which are filled with zeros first, so the
+    scan of a shallow network is then unrolled.
 
     Args:
         inputs: with a leading [layer] axis.
         remat: as in `forward`.
     """
-    parts, tree = jax.tree.flatten(model.blocks, is_leaf=lambda part: isinstance(part, quant.Linear))
-    stacks = {at: part for at, part in enumerate(parts) if isinstance(part, quant.Linear)}
+    parts, tree = jax.tree.flatten(model.blocks, is_leaf=lambda part: isinstance(part, quant.Linear | Full))
+    quantised = {at: part for at, part in enumerate(parts) if isinstance(part, quant.Linear)}
+    full = {at: jax.lax.stop_gradient(part.matrix()) for at, part in enumerate(parts) if isinstance(part, Full)}
+
+    def of_layer(at: int, part: Any, index: Array) -> Any:
+        if at in quantised:
+            return partial(quantised[at], layer=index)
+        return partial(part, stack=full[at], layer=index) if at in full else part
 
     def step(state: tuple[Array, Any], given: tuple) -> tuple[tuple[Array, Any], Any]:
         (index, carry), (sliced, inputs) = state, given
-        mine = [partial(stacks[at], layer=index) if at in stacks else part for at, part in enumerate(sliced)]
+        mine = [of_layer(at, part, index) for at, part in enumerate(sliced)]
         carry, result = layer(carry, index, jax.tree.unflatten(tree, mine), *inputs)
         return (index + 1, carry), result
 
-    sliced = [None if at in stacks else part for at, part in enumerate(parts)]
+    sliced = [None if at in quantised else part for at, part in enumerate(parts)]
     body = jax.checkpoint(step, prevent_cse=False) if remat else step  # a scan shares nothing between its steps
     unrolled = remat is False and model.config.layers <= SHALLOW
     (_, carry), results = jax.lax.scan(body, (jnp.int32(0), carry), (sliced, inputs), unroll=unrolled)
