@@ -4,9 +4,9 @@ Both sides of an operation are compiled in one process and launched by turns in 
 times on the device: `pallas_kernels.bench` says how. A launch has four calls, each with its own input and weights, like layers
 of a network; of a convolution, whose input no cache holds, it has one.
 
-ours       ms of one call of our kernel, also where a network would choose XLA. A linear layer is one of float8; where the
-           network has to quantise its input first ("quantise" in the name), that is included, and elsewhere what comes
-           before has done it
+ours       ms of one call of our kernel, also where a network would choose XLA. A linear layer is one of bfloat16, out of a
+           stack, with "bf16" in its name, otherwise one of float8; where the network has to quantise its input first
+           ("quantise" in the name), that is included, and elsewhere what comes before has done it
 XLA        ms of the same by XLA; of a linear layer, x @ w + bias in bfloat16, then GELU or gate and residual
 ratio      XLA over ours: above 1 where ours is faster
 speed      of ours: TFLOP/s, or GB/s of what has to be read and written once

@@ -88,10 +88,11 @@ class Linear(Operation):
     outputs: int
     then: str = ""  # "gelu", and quantised for the next layer; or "gate", and the residual
     quantise: bool = False  # whether the network has to, before this layer
+    plain: bool = False  # bfloat16 on both sides; ours reads the second of a stack of layers, as in the network
 
     @property
     def name(self) -> str:
-        fused_in = (word for word in ("quantise" if self.quantise else "", self.then) if word)
+        fused_in = (word for word in ("bf16" if self.plain else "", "quantise" if self.quantise else "", self.then) if word)
         return "-".join(("linear", f"{self.tokens}x{self.inputs}x{self.outputs}", *fused_in))
 
     @property
@@ -101,15 +102,23 @@ class Linear(Operation):
     def draw(self, normal):
         x, bias = normal(1, self.tokens, self.inputs), normal(self.outputs) / 8
         w = normal(self.inputs, self.outputs) * self.inputs**-0.5
-        w8 = quantise_rows(w.T)
-        a = {"x": x, "x8": quantise_rows(x), "w": w, "w8": w8, "bias": bias, "reach": reach(w8, bias)}
+        a = {"x": x, "w": w, "bias": bias}
+        if self.plain:
+            a |= {"stack": jnp.stack([w / 2, w]), "biases": jnp.stack([bias / 2, bias])}
+        else:
+            w8 = quantise_rows(w.T)
+            a |= {"x8": quantise_rows(x), "w8": w8, "reach": reach(w8, bias)}
         if self.then == "gate":
             a |= {"gate": normal(1, FRAMES, self.outputs, dtype=F32), "residual": normal(1, self.tokens, self.outputs)}
         return a
 
     def ours(self, a, implementation):
-        x = fused.quantise(a["x"]) if self.quantise else a["x8"]
         more = _some(a, "gate", "residual")
+        if self.plain:
+            more |= {"activation": "gelu"} if self.then == "gelu" else {}
+            stack = a["stack"], a["biases"]
+            return linear(a["x"], *stack, layer=jnp.int32(1), implementation=implementation, **more)
+        x = fused.quantise(a["x"]) if self.quantise else a["x8"]
         if self.then == "gelu":
             more = {"activation": "gelu", "quantise": True, "reach": a["reach"]}
         return linear(x, a["w8"], a["bias"], implementation=implementation, **more)
@@ -128,23 +137,27 @@ class FeedForward(Operation):
     tokens: int
     width: int
     hidden: int
+    plain: bool = False  # as in `Linear`
 
     @property
     def name(self) -> str:
-        return f"feed-forward-{self.tokens}x{self.width}x{self.hidden}"
+        return f"feed-forward-{self.tokens}x{self.width}x{self.hidden}" + ("-bf16" if self.plain else "")
 
     @property
     def work(self) -> int:
         return 4 * self.tokens * self.width * self.hidden
 
     def draw(self, normal):
-        up = Linear(self.tokens, self.width, self.hidden).draw(normal)
-        down = Linear(self.tokens, self.hidden, self.width, "gate").draw(normal)
+        up, down = (layer.draw(normal) for layer in self._layers())
         return {"x": down.pop("residual"), "up": up, "down": down, **_vectors(normal, self.width)}
 
     def ours(self, a, implementation):
         up, down, layer = a["up"], a["down"], partial(linear, implementation=implementation)
-        x = fused.norm_modulate(a["x"], a["shift"], a["scale"], eps=EPS, quantise=True)
+        x = fused.norm_modulate(a["x"], a["shift"], a["scale"], eps=EPS, quantise=not self.plain)
+        if self.plain:
+            first, second = self._layers()
+            x = first.ours(up | {"x": x}, implementation)
+            return second.ours(down | {"x": x, "residual": a["x"]}, implementation)
         x = layer(x, up["w8"], up["bias"], activation="gelu", quantise=True, reach=up["reach"])
         return layer(x, down["w8"], down["bias"], gate=down["gate"], residual=a["x"])
 
@@ -153,6 +166,10 @@ class FeedForward(Operation):
 
     def compared(self, a, outputs):
         return outputs - a["x"], self._added(a)
+
+    def _layers(self) -> tuple[Linear, Linear]:
+        up = Linear(self.tokens, self.width, self.hidden, "gelu", plain=self.plain)
+        return up, Linear(self.tokens, self.hidden, self.width, "gate", plain=self.plain)
 
     def _added(self, a: Arrays) -> jax.Array:
         up, down = a["up"], a["down"]
@@ -309,6 +326,9 @@ def _transformer(tokens: int, width: int, hidden: int, heads: int, blocks: tuple
         Linear(tokens, width, hidden, "gelu"),
         Linear(tokens, hidden, width, "gate"),
         FeedForward(tokens, width, hidden),
+        *(Linear(tokens, *shape, plain=True) for shape in ((width, 3 * width), (width, width, "gate"))),
+        *(Linear(tokens, *shape, plain=True) for shape in ((width, hidden, "gelu"), (hidden, width, "gate"))),
+        FeedForward(tokens, width, hidden, plain=True),
         *(NormModulate(tokens, width, quantise) for quantise in (False, True)),
         Quantise(tokens, width),
         *(NormRope(tokens, width, heads, block) for block in (None, *blocks)),
