@@ -89,5 +89,5 @@ def layout(rows: int, row_bytes: int, outputs: int) -> Config:
         step = (STEP + STEP_CHANNEL * tile) * (ALONE if cluster == 1 else 1)
         return -(-items // (fits // cluster)) * (-(-row_bytes // DEPTH) * step + FINISH + FINISH_CHANNEL * tile)
 
-    tile, cluster = min(((t, c) for t in TILES for c in CLUSTERS), key=lambda choice: duration(*choice))
+    tile, cluster = min(((t, c) for t in TILES for c in CLUSTERS if c <= fits), key=lambda choice: duration(*choice))
     return Config(tile=tile, cluster=cluster, multiprocessors=fits)
