@@ -1,4 +1,4 @@
-"""Training of `world`, stage 2: the autoencoder on whole videos. Trained on clips of 5 frames only, it loses what follows them."""
+"""Training of `world`, stage 2: the autoencoder on whole videos. Trained on 5 frames only, it loses what follows them."""
 
 from lf_jax import presets
 from lf_jax.train import Optimizer, Train
