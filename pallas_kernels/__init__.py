@@ -2,7 +2,7 @@
 
 block_sparse   attention over lists of key blocks, forward and backward
 selection      the choice of the lists
-linear         linear layers in float8
+linear         linear layers in float8 and bfloat16
 fused          what stands between linear layers: norms, rotation, means of blocks, quantisation
 conv           convolutions of the autoencoders
 """

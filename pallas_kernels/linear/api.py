@@ -17,9 +17,7 @@ ACTIVATIONS = (None, "gelu")
 class Implementation(NamedTuple):
     reason: Callable[..., str | None]  # as `explain`: why it cannot run this call here; None if it can
     run: Callable[..., Any]  # (x, w, bias, layer, *, activation, gate, residual, reach, dtype) -> what `linear` returns
-    plain: Callable[
-        ..., jax.Array
-    ]  # the same without float8: (x, w, bias, layer, sliced, *, activation, gate, residual, turned)
+    plain: Callable[..., jax.Array]  # of plain arrays: (x, w, bias, layer, sliced, *, activation, gate, residual, turned)
 
 
 # In order of preference.

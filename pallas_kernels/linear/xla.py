@@ -15,7 +15,7 @@ def linear(x, w, bias, layer, *, activation, gate, residual, reach, dtype):
     y = jnp.einsum("...i,oi->...o", x16, w16, preferred_element_type=jnp.float32)
     y = y * x.scale[..., None] * w.scale + bias.astype(jnp.float32)
     if activation == "gelu":
-        y = jax.nn.gelu(y, approximate=True)
+        y = gelu(y)
     if gate is not None:
         y = gated(y, gate)
     if residual is not None:
