@@ -9,7 +9,8 @@ start the copies, the other two each hold 64 queries and multiply. What makes it
   a pair of barriers keeps the softmax of one beside the products of the other.
 * Thread blocks stay and take item after item, so that the queries, keys and values of the next are on their way while one
   ends.
-* The tensor cores take half of each query from registers, which leaves the shared memory time for what is copied into it.
+* The tensor cores take half of each query of 128 columns from registers, which leaves the shared memory time for what is copied
+  into it.
 * The last wave of items rarely fills the GPU. It is cut along its lists into parts that do, and the parts are joined by their
   log-sum-exps.
 * Keys come from two places, the stacked cache and the chunk, told apart entry by entry: nothing is copied together.
@@ -30,6 +31,7 @@ from pallas_kernels.block_sparse.hopper_walk import Walk
 from pallas_kernels.block_sparse.types import BlockMap, Past
 from pallas_kernels.mosaic import MATRIX, ROW, across, dot, kernel, load, zeros
 
+NEAR = pl.ds(0, 64)  # columns of the queries that stay in registers: shared memory has enough to do
 LOWEST = -1e30  # below every logit, but a number: of a tile of dead keys, -inf would make the weights NaN
 
 
@@ -48,12 +50,11 @@ def forward(
     `hopper.reason` says what they may be."""
     walk = Walk(q, k, v, blocks, past, frame_tokens, config)
     D, dtype, tile, interpreted = walk.e, q.dtype, walk.tile, config.interpreted
-    near = ROWS if walk.streams == 1 else 0  # columns of the queries that stay in registers: shared memory has enough to do
     ahead = int(config.stages * D <= 256)  # items whose queries are there before their turn: 1, where there is room for it
 
     def body(q_g, *refs):
         arrays, (o_g, lse_g, part_g, part_lse_g, q_s, lse_s, q_full, turn, *moving) = refs[:8], refs[8:]
-        *_, index_g, count_g, whole_g = arrays
+        *_, count_g, whole_g = arrays
         k_s, v_s, k_full, v_full, k_free, v_free = moving
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
         stream = wg if walk.streams == 2 else 0
@@ -78,7 +79,8 @@ def forward(
             (begin, entries), item, (qs, arrived) = carry, take(number), held(number)
             mine, my_part = rows(item), pl.ds(wg * ROWS, ROWS)
             stretch = walk.stretch(item, stream, entries)
-            end, clean = begin + stretch.n, begin + walk.clean(item, stretch, whole_g, least=1)
+            whole = walk.whole(item, stretch, whole_g)
+            end, clean = begin + stretch.n, begin + walk.clean(stretch, whole, least=1)
             following = walk.entries(take(lax.min(number + 1, turns - 1)), stream, count_g)  # early, as it takes a while
             slot = functools.partial(walk.slot, stream)
 
@@ -114,8 +116,8 @@ def forward(
                 filled = jnp.full((ROWS,), value, jnp.float32)
                 return filled if interpreted else plgpu.layout_cast(filled, ROW)
 
-            def ends(i):
-                return walk.ends(i - begin, item, stretch, index_g)
+            def masked(s, i):
+                return walk.masked(s, i - begin, stretch, whole)
 
             def softmax(s, m, z):
                 """New row maximum (base 2), row sum, factor of what is summed already, and weights."""
@@ -125,10 +127,9 @@ def forward(
                 return peak, z * alpha + p.sum(axis=1), alpha, p
 
             def scores(s_ref, left, at, width=tile):
-                if near:
-                    plgpu.wgmma(s_ref, left, k_s.at[at, pl.ds(0, width), pl.ds(0, near)].T)
-                if near < D:
-                    far = pl.ds(near, D - near)
+                plgpu.wgmma(s_ref, left, k_s.at[at, pl.ds(0, width), NEAR].T)
+                if D > NEAR.size:
+                    far = pl.ds(NEAR.size, D - NEAR.size)
                     plgpu.wgmma(s_ref, qs.at[:, far], k_s.at[at, pl.ds(0, width), far].T)
 
             def first_scores(left):
@@ -155,12 +156,12 @@ def forward(
                 plgpu.barrier_arrive(v_free.at[before])
                 return acc
 
-            def step(i, carry, left, masked, width=tile):
+            def step(i, carry, left, last, width=tile):
                 """Scores of tile i, its first `width` keys, beside the values of tile i - 1."""
                 acc, m, z, p16 = carry
                 now, before = slot(i), slot(i - 1)
                 keys = k_s.at[now, pl.ds(0, width)]
-                mask = functools.partial(walk.masked, ends=ends(i)) if masked else lambda s: s
+                mask = functools.partial(masked, i=i) if last else lambda s: s
                 plgpu.barrier_wait(k_full.at[now])
                 my_turn()
                 if interpreted:
@@ -209,23 +210,22 @@ def forward(
 
             @pl.when(end > begin)
             def attend():
-                first = ends(begin)
-                left = load(qs.at[:, pl.ds(0, near)], MATRIX) if near and not interpreted else None
+                left = None if interpreted else load(qs.at[:, NEAR], MATRIX)
                 pl.when(wg == 1)(my_turn)  # the first warpgroup goes first
                 plgpu.barrier_wait(k_full.at[slot(begin)])
                 s = first_scores(left)
                 plgpu.barrier_arrive(k_free.at[slot(begin)])
                 your_turn()
-                m, z, _, p = softmax(walk.masked(s, first), row(LOWEST), row(0))
+                m, z, _, p = softmax(masked(s, begin), row(LOWEST), row(0))
                 if ahead:
                     make_room()  # so late, what the item before stored has been read
                 carry = (zeros((ROWS, D), config), m, z, p.astype(dtype))
                 half = walk.half(stretch) if walk.halves else 0
-                carry = lax.fori_loop(begin + 1, clean, functools.partial(step, left=left, masked=False), carry)
-                acc, m, z, p16 = lax.fori_loop(clean, end - half, functools.partial(step, left=left, masked=True), carry)
+                carry = lax.fori_loop(begin + 1, clean, functools.partial(step, left=left, last=False), carry)
+                acc, m, z, p16 = lax.fori_loop(clean, end - half, functools.partial(step, left=left, last=True), carry)
 
                 def half_tile(_, sums):
-                    acc, m, z, p16_half = step(end - 1, (*sums, p16), left, masked=True, width=tile // 2)
+                    acc, m, z, p16_half = step(end - 1, (*sums, p16), left, last=True, width=tile // 2)
                     return last_values(acc, p16_half), m, z
 
                 if walk.halves:

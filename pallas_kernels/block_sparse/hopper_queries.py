@@ -21,7 +21,7 @@ def queries(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, con
 
     def body(q_g, do_g, lse_g, delta_g, *refs):
         arrays, (dq_g, part_g, q_s, do_s, stats_s, q_full, *moving) = refs[:8], refs[8:]
-        *_, index_g, count_g, whole_g = arrays
+        *_, count_g, whole_g = arrays
         k_s, v_s, k_full, v_full, k_free, v_free = moving
         index, wg = lax.axis_index("item"), lax.axis_index("wg")
         item = walk.item(index)
@@ -37,7 +37,8 @@ def queries(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, con
             for i, array in enumerate((lse_g, delta_g)):
                 plgpu.copy_gmem_to_smem(array.at[item.b, item.h, mine], stats_s.at[wg, i], q_full.at[wg])
             stretch = walk.stretch(item, stream, walk.entries(item, stream, count_g))
-            clean = walk.clean(item, stretch, whole_g, least=0)
+            whole = walk.whole(item, stretch, whole_g)
+            clean = walk.clean(stretch, whole, least=0)
 
             def store(dq):
                 @pl.when(item.cut)
@@ -64,12 +65,11 @@ def queries(q, dout, lse, delta, k, v, past, blocks, *, scale, frame_tokens, con
 
                 def step(i, dq, masked):
                     now = walk.slot(stream, i)
-                    ends = walk.ends(i, item, stretch, index_g) if masked else None
                     plgpu.barrier_wait(k_full.at[now])
 
                     def weight(s):
                         s = s * (scale * LOG2E)
-                        return jnp.exp2((walk.masked(s, ends) if masked else s) - across(lse, s.shape, 0))
+                        return jnp.exp2((walk.masked(s, i, stretch, whole) if masked else s) - across(lse, s.shape, 0))
 
                     def slope(p, dp):
                         return (p * (dp - across(delta, p.shape, 0))).astype(dtype)

@@ -2,7 +2,7 @@
 
 The lists are walked in tiles. Query blocks of 128 have one list for both consumer warpgroups, and tiles of 128 keys; query
 blocks of 64 have a *stream* of their own for each warpgroup, in tiles of 64 keys. A tile is filled with *pieces*: several
-list entries where key blocks are smaller than a tile, a part of one where they are larger.
+list entries where key blocks are smaller than a tile, parts of one where they are not.
 
 Thread blocks take items, one after the other. The last wave of them rarely fills the GPU, so what it holds is cut along the
 lists into `parts`, each an item of its own, and joined afterwards (`hopper_join`).
@@ -21,10 +21,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.block_sparse import lists
-from pallas_kernels.block_sparse.hopper_common import QUERIES, ROWS, SWIZZLED, Config, live, stacked
+from pallas_kernels.block_sparse.hopper_common import QUERIES, ROWS, SWIZZLED, Config, stacked
 from pallas_kernels.block_sparse.types import BlockMap, Past
 
-SMALL = 32  # keys of a piece where 128 queries have one list: four copies to a tile come sooner than one
+PIECE = 32  # keys that one copy brings: several copies to a tile come sooner than one
 MOST_PARTS = 8
 START = 320  # keys that a thread block walks in the time that it takes to go from one item to the next
 JOIN = 256  # keys that it walks in the time of a join
@@ -62,8 +62,7 @@ class Walk:
         self.query_blocks, self.width = index.shape[2:]
         self.streams = QUERIES // blocks.block_q
         self.tile = QUERIES // self.streams
-        self.piece = SMALL if self.streams == 1 else min(self.block_k, self.tile)
-        self.pieces, self.subs = self.tile // self.piece, self.block_k // self.piece  # pieces to a tile, to a block
+        self.pieces, self.subs = self.tile // PIECE, self.block_k // PIECE  # pieces to a tile, to a block
         self.padded = frame_tokens is not None and frame_tokens % self.block_k > 0  # whether there are dead tokens
         self.halves = self.tile == QUERIES and self.block_k <= ROWS  # half a tile may be of use: the tensor cores take 64 keys
         past_k, past_v, layer, slots = stacked(past, k, v)
@@ -83,9 +82,8 @@ class Walk:
 
     @property
     def blocks(self) -> int:
-        """Thread blocks that take the items in turns. With a list for every 64 queries the copies are what takes the time, and
-        staying gains nothing: each item has a thread block of its own, which starts when there is room."""
-        return self.items if self.streams == 2 else min(self.items, self.config.multiprocessors)
+        """Thread blocks, which take the items in turns."""
+        return min(self.items, self.config.multiprocessors)
 
     def scratch(self) -> tuple[Any, ...]:
         """k_s, v_s, k_full, v_full, k_free, v_free: the tiles in flight and their barriers."""
@@ -125,41 +123,35 @@ class Walk:
     def slot(self, stream: Any, i: Any) -> Any:
         return stream * self.config.stages + lax.rem(i, self.config.stages)
 
-    def clean(self, item: Item, stretch: Stretch, whole: Any, least: int) -> Any:
+    def whole(self, item: Item, stretch: Stretch, whole: Any) -> Any:
+        """Entries of the stretch's list before the first with dead tokens."""
+        return lax.min(whole[item.b, item.h, stretch.query_block], stretch.entries) if self.padded else stretch.entries
+
+    def clean(self, stretch: Stretch, whole: Any, least: int) -> Any:
         """Tiles before the first that needs a mask, `least` at least."""
-        entries = stretch.entries
-        if self.padded:
-            entries = lax.min(whole[item.b, item.h, stretch.query_block], entries)
-        return lax.max(lax.min(lax.div(entries * self.block_k, self.tile) - stretch.first, stretch.n), least)
+        return lax.max(lax.min(lax.div(whole * self.block_k, self.tile) - stretch.first, stretch.n), least)
 
-    def ends(self, i: Any, item: Item, stretch: Stretch, index: Any) -> tuple[Any, ...]:
-        """Up to where the columns of tile i are keys: of the whole tile, or with dead tokens of each of its pieces."""
-        if not self.padded:
-            return (stretch.entries * self.block_k - (stretch.first + i) * self.tile,)
-        found = []
-        for p in range(self.pieces):
-            place, begin = self._entry(stretch.first + i, p)
-            block = index[item.b, item.h, stretch.query_block, lax.min(place, self.width - 1)]
-            alive = lax.min(live(block, self.block_k, self.frame_tokens) - begin, self.piece)
-            found.append(lax.select(place < stretch.entries, p * self.piece + alive, 0))
-        return tuple(found)
-
-    def masked(self, scores: jax.Array, ends: tuple[Any, ...]) -> jax.Array:
-        """Scores, -inf where there is no key."""
+    def masked(self, scores: jax.Array, i: Any, stretch: Stretch, whole: Any) -> jax.Array:
+        """Scores of tile i, -inf where there is no key: behind the list, and in the dead tokens of its last blocks."""
+        begin = (stretch.first + i) * self.tile
         column = mosaic.iota(scores.shape, 1, self.config)
-        keep = column < ends[0]
-        for p, end in enumerate(ends[1:], 1):
-            keep |= (column >= p * self.piece) & (column < end)
+        keep = column < stretch.entries * self.block_k - begin
+        if self.padded:  # told by arithmetic alone: to read the list here would stop everything
+            place = column + begin if self.block_k > self.tile else column  # up to whole blocks
+            alive = place & (self.block_k - 1) < self.frame_tokens % self.block_k
+            keep &= alive | (column < whole * self.block_k - begin)
         return jnp.where(keep, scores, -jnp.inf)
 
     def produce(self, first: Any, every: int, arrays: tuple[Any, ...], k_s, v_s, k_full, v_full, k_free, v_free) -> None:
-        """The producer warpgroup: two warps of it start the copies, tile after tile: one the keys and one the values of a list,
-        or each those of its own. The items first, first + every and so on are walked without a pause: the tiles of the next are
-        on their way while an item ends."""
+        """The producer warpgroup: two warps of it to a list start the copies, tile after tile, one the keys and one the values.
+        The items first, first + every and so on are walked without a pause: the tiles of the next are on their way while an
+        item ends."""
         k, v, past_k, past_v, layer, index, count, _ = arrays
         keys, values = (past_k, k, k_s, k_full, k_free), (past_v, v, v_s, v_full, v_free)
 
-        def run(stream: int, copied: tuple[tuple[Any, ...], ...]) -> None:
+        def run(stream: int, copied: tuple[Any, ...]) -> None:
+            old, new, to, full, free = copied
+
             def walk(turn, done):
                 """The tiles of an item, before which `done` others were copied."""
                 item = self.item(first + turn * every)
@@ -170,28 +162,27 @@ class Walk:
                     """The entries that fill a tile; numbers without meaning behind the end of the list."""
                     return tuple(listed[lax.min(self._entry(tile, p)[0], self.width - 1)] for p in range(self.pieces))
 
-                def fetch(old, new, to, barrier, block, begin):
+                def fetch(to, barrier, block, begin):
                     """Starts the copy of a piece: of the cache, or behind it of the chunk."""
 
                     @pl.when(block < self.cached)
                     def _():
-                        here = pl.ds(block * self.block_k + begin, self.piece)
+                        here = pl.ds(block * self.block_k + begin, PIECE)
                         plgpu.copy_gmem_to_smem(old.at[row, here, item.h], to, barrier)
 
                     @pl.when(block >= self.cached)
                     def _():
-                        here = pl.ds((block - self.cached) * self.block_k + begin, self.piece)
+                        here = pl.ds((block - self.cached) * self.block_k + begin, PIECE)
                         plgpu.copy_gmem_to_smem(new.at[item.b, here, item.h], to, barrier)
 
                 def step(i, named):
                     s, tile = self.slot(stream, done + i), stretch.first + i
                     following = names(tile + 1)  # early, so that no copy waits for the number that tells its address
-                    for old, new, to, full, free in copied:
-                        pl.when(done + i >= self.config.stages)(lambda free=free: plgpu.barrier_wait(free.at[s]))
-                        for p, block in enumerate(named):
-                            place, begin = self._entry(tile, p)
-                            block = lax.select(place < stretch.entries, block, named[0])  # behind the end any block will do
-                            fetch(old, new, to.at[s, pl.ds(p * self.piece, self.piece)], full.at[s], block, begin)
+                    pl.when(done + i >= self.config.stages)(lambda: plgpu.barrier_wait(free.at[s]))
+                    for p, block in enumerate(named):
+                        place, begin = self._entry(tile, p)
+                        block = lax.select(place < stretch.entries, block, named[0])  # behind the end any block will do
+                        fetch(to.at[s, pl.ds(p * PIECE, PIECE)], full.at[s], block, begin)
                     return following
 
                 # The first of a list that is not cut does not wait for the length of it.
@@ -203,19 +194,17 @@ class Walk:
 
             @pl.loop(lax.max(done - self.config.stages, 0), done)  # no arrival may be left that nobody saw
             def _(i):
-                for *_, free in copied:
-                    plgpu.barrier_wait(free.at[self.slot(stream, i)])
+                plgpu.barrier_wait(free.at[self.slot(stream, i)])
 
         @plgpu.warp_map
         def per_warp(warp):
-            kinds = ((keys,), (values,)) if self.streams == 1 else ((keys, values),)
-            for number, (stream, copied) in enumerate(itertools.product(range(self.streams), kinds)):
+            for number, (stream, copied) in enumerate(itertools.product(range(self.streams), (keys, values))):
                 pl.when(warp == number)(functools.partial(run, stream, copied))
 
     def _entry(self, i: Any, p: int) -> tuple[Any, Any]:
         """Position in the list, and first key within the block, of piece p of tile i."""
         number = i * self.pieces + p
-        return (lax.div(number, self.subs), lax.rem(number, self.subs) * self.piece) if self.subs > 1 else (number, 0)
+        return (lax.div(number, self.subs), lax.rem(number, self.subs) * PIECE) if self.subs > 1 else (number, 0)
 
 
 def _cut(items: int, keys: int, tile: int, config: Config) -> tuple[int, int]:
