@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 
 from lf_jax import config, presets, vae
-from lf_jax.bench import floors, stages
+from lf_jax.bench import ceilings, floors, stages
 from lf_jax.bench.ceilings import Ceilings, measure
 from lf_jax.bench.floors import Work
 from lf_jax.checkpoint import abstract
+from pallas_kernels import platform
 
 LARGE = presets.load("light_forcing_1_3b")
 
@@ -115,6 +116,13 @@ def test_a_floor_is_the_longer_of_products_and_bytes():
 def test_what_this_machine_reaches():
     limits = measure("float32")
     assert limits.product > 1e8 and limits.copy > 1e7 and limits.to_host > 1e7 and limits.eight_bits is None
+
+
+def test_float8_where_the_device_has_it(monkeypatch):
+    here = platform.device()
+    monkeypatch.setattr(platform, "device", lambda: dataclasses.replace(here, compute_capability=(8, 9)))
+    monkeypatch.setitem(ceilings.SIDE, here.backend, 64)
+    assert measure("bfloat16").eight_bits > 1e6
 
 
 TEXT = """
