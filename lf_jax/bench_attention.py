@@ -90,9 +90,16 @@ def _dense(scene: Scene, layer: int, grid: Grid, settings: Config) -> Array:
     return attention.dense_attention(scene.made[layer].q, *scene.dense)
 
 
-@partial(jax.jit, static_argnums=(0, 2, 3))
-def _layers(piece: Callable, scene: Scene, grid: Grid, settings: Config) -> list:
-    return [piece(scene, layer, grid, settings) for layer in range(len(scene.qkv))]
+def _launch(piece: Callable, scene: Scene, grid: Grid, settings: Config) -> Callable[[], list]:
+    """`piece` of every layer, in one program. It takes the leaves of the scene, so that a launch does not walk the tree."""
+    leaves, tree = jax.tree.flatten(scene)
+
+    @jax.jit
+    def layers(*leaves):
+        given = jax.tree.unflatten(tree, leaves)
+        return [piece(given, layer, grid, settings) for layer in range(len(given.qkv))]
+
+    return partial(layers, *leaves)
 
 
 def scene(config: Config) -> Scene:
@@ -129,10 +136,10 @@ def scene(config: Config) -> Scene:
     budget = sparsity.Budget(jnp.asarray(budgets.blocks[-1]), budgets.width)
     qkv = [drawn[layer : layer + 1] for layer in range(model.layers)]
     found = Scene(own, turn(cache, lengths[-1]), qkv, [], [], cache, order, budget, ())
-    found = found._replace(made=_layers(_prepare, found, grid, config))
+    found = found._replace(made=_launch(_prepare, found, grid, config)())
     new = (attention.without_padding(x, grid) for x in (found.made[0].new.k, found.made[0].new.v))
     dense = tuple(_in_sight(x, own, order, grid) for x, own in zip((cache.k, cache.v), new, strict=True))
-    return found._replace(lists=_layers(_select, found, grid, config), dense=dense)
+    return found._replace(lists=_launch(_select, found, grid, config)(), dense=dense)
 
 
 def _lengths(config: Config) -> tuple[int, ...]:
@@ -159,16 +166,16 @@ def measure(config: Config, repeats: int) -> bench.Report:
     """
     grid, case = Grid.of(config), scene(config)
     frames = case.time.blocks.size // grid.frame_blocks
-    pieces = {WITHOUT: partial(_layers, partial(_prepare, pool=False), case, grid, config)}
-    pieces[WITH] = partial(_layers, _prepare, case, grid, config)
+    pieces = {WITHOUT: _launch(partial(_prepare, pool=False), case, grid, config)}
+    pieces[WITH] = _launch(_prepare, case, grid, config)
     for name, reason in selection.explain(config.model.head_dim, frames, grid.frame_blocks).items():
         if reason is None:
             named = dataclasses.replace(config, sparsity=dataclasses.replace(config.sparsity, selection=name))
-            pieces[f"selection, {name}"] = partial(_layers, _select, case, grid, named)
-    pieces["attention"] = partial(_layers, _attend, case, grid, config)
-    pieces["selection + attention"] = partial(_layers, _both, case, grid, config)
+            pieces[f"selection, {name}"] = _launch(_select, case, grid, named)
+    pieces["attention"] = _launch(_attend, case, grid, config)
+    pieces["selection + attention"] = _launch(_both, case, grid, config)
     dense = next(name for name, reason in attention.dense_implementations(case.made[0].q).items() if reason is None)
-    pieces[f"dense, {dense}"] = partial(_layers, _dense, case, grid, config)
+    pieces[f"dense, {dense}"] = _launch(_dense, case, grid, config)
     first, runs = {}, {}
     for name, launch in pieces.items():
         start = time.perf_counter()

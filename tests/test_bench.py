@@ -100,7 +100,7 @@ def test_the_timed_pieces_compute_the_same():
     scene, grid = bench_attention.scene(config), Grid.of(config)
     assert len(scene.lists) == 2 and (scene.lists[0].index != scene.lists[1].index).any()
     pieces = (bench_attention._attend, bench_attention._both, bench_attention._dense)
-    alone, both, dense = (bench_attention._layers(piece, scene, grid, config) for piece in pieces)
+    alone, both, dense = (bench_attention._launch(piece, scene, grid, config)() for piece in pieces)
     for layer in range(2):
         np.testing.assert_allclose(alone[layer], both[layer], atol=1e-6)
     np.testing.assert_allclose(both[0], dense[0], atol=1e-5)  # the dense keys are those of layer 0
