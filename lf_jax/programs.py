@@ -19,7 +19,7 @@ from lf_jax.checkpoint import abstract
 from lf_jax.chunk import branches, compiled_chunk, frame_shape, step_config
 from lf_jax.compilation import counted_hits
 from lf_jax.config import Config
-from lf_jax.dit import text_cache
+from lf_jax.dit import WanDiT, text_cache
 from lf_jax.generate import compiled_text_cache, decode_lengths, decode_pixels
 from lf_jax.inputs import video_chunks
 from lf_jax.rollout import initial_state
@@ -49,8 +49,14 @@ def of_videos(settings: Config, batch: int = 1) -> Programs:
     Raises:
         ValueError: if `settings.video.num_frames` does not fit the chunks.
     """
-    model, lengths, rows = abstract(settings.model), video_chunks(settings), batch * branches(settings)
-    embeddings = jax.ShapeDtypeStruct((rows, settings.text.length, settings.text.dim), config.dtype_of(settings.text))
+    model, embeddings = _given(settings, batch)
+    prompt = {"text keys and values": lambda: compiled_text_cache.lower(model, embeddings)}
+    return {**prompt, **of_chunks(settings, batch), **_decoders(settings, batch)}
+
+
+def of_chunks(settings: Config, batch: int = 1) -> Programs:
+    """Those of them that depend on `settings.sparsity`. Raises ValueError as `of_videos`."""
+    (model, embeddings), lengths = _given(settings, batch), video_chunks(settings)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     state = jax.eval_shape(lambda keys: initial_state(settings, batch, sum(lengths), keys), keys)
     context = jax.eval_shape(text_cache, model, embeddings)
@@ -61,9 +67,13 @@ def of_videos(settings: Config, batch: int = 1) -> Programs:
         step = step_config(settings)
         return compiled_chunk.lower(model, context, None, state.cache, keys, number, budget, step, length, None)
 
-    prompt = {"text keys and values": lambda: compiled_text_cache.lower(model, embeddings)}
-    chunks = {f"chunk of {n}": lambda n=n: chunk(n) for n in dict.fromkeys(lengths)}
-    return {**prompt, **chunks, **_decoders(settings, batch)}
+    return {f"chunk of {n}": lambda n=n: chunk(n) for n in dict.fromkeys(lengths)}
+
+
+def _given(settings: Config, batch: int) -> tuple[WanDiT, jax.ShapeDtypeStruct]:
+    """The shapes of the transformer and of the embeddings of a batch."""
+    shape = (batch * branches(settings), settings.text.length, settings.text.dim)
+    return abstract(settings.model), jax.ShapeDtypeStruct(shape, config.dtype_of(settings.text))
 
 
 def of_weights(source: loading.Source, *components: str) -> Programs:
@@ -101,7 +111,7 @@ def ahead(programs: Programs) -> Iterator[dict[str, Future[Built]]]:
         return Built(time.perf_counter() - start, hits[threading.get_ident()] > before)
 
     lowering = threading.Lock()
-    with counted_hits() as hits, ThreadPoolExecutor(len(programs)) as pool:
+    with counted_hits() as hits, ThreadPoolExecutor(max(1, len(programs))) as pool:
         built = {name: pool.submit(build, lower) for name, lower in programs.items()}
         yield built
         for future in built.values():

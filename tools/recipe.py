@@ -54,7 +54,7 @@ def training(name: str) -> Stage:
 
 
 def scoring(name: str, model: str, *more: str) -> Stage:
-    words = ("eval", "--model", f"runs/{model}/model", "--prompts", "world", "--num", "200", "--batch", "25", *more)
+    words = ("eval", "--model", f"runs/{model}/model", "--prompts", "world", "--num", "200", "--batch", "25", "--mp4s", "3", *more)
     return Stage(name, words, "results.json")
 
 

@@ -1,4 +1,4 @@
-"""Pictures for the page, each as a data URI: curves with confidence bands, heat maps, what is read when, film strips."""
+"""Pictures for the page, each as a data URI: curves with confidence bands, heat maps, what is read when."""
 
 import base64
 import io
@@ -10,9 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
-
-from lf_jax.video import read_video
 
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")  # Okabe and Ito
 STYLES = ("-", "--", ":", "-.")  # the next round of colours has the next style
@@ -83,18 +80,9 @@ def reading(policies: Mapping[str, Sequence[Mapping]], blocks: int) -> str:
     return _svg(figure)
 
 
-def film_strip(video: pathlib.Path, size: tuple[int, int], columns: int = 9, height: int = 112) -> str:
-    """Frames of a video at equal distances, the first and the last among them, side by side; JPEG.
-
-    Args:
-        size: height and width of the video.
-    """
-    small = min(height, size[0]), round(size[1] * min(height, size[0]) / size[0])
-    frames = read_video(video, *small)
-    chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-    data = io.BytesIO()
-    Image.fromarray(np.concatenate(list(frames[chosen]), axis=1)).save(data, "JPEG", quality=85)
-    return _uri("image/jpeg", data.getvalue())
+def picture(path: pathlib.Path) -> str:
+    """A JPEG file."""
+    return _uri("image/jpeg", path.read_bytes())
 
 
 def _figure() -> tuple[Figure, Axes]:

@@ -25,15 +25,14 @@ FORCED = {  # title, log scale
 }
 
 
-def render(results: Mapping[str, Any], videos: Mapping[str, list[pathlib.Path]]) -> str:
+def render(results: Mapping[str, Any], strips: Mapping[str, list[pathlib.Path]]) -> str:
     """The page of `results`, which are those of `results.json`.
 
     Args:
-        videos: of every policy the mp4 files of the prompts whose film strips are shown.
+        strips: of every policy the film strips of the first prompts, JPEG files.
     """
     summary, order = results["summary"], list(results["summary"])
     sparse = {name: part for name, part in summary.items() if "forced" in part}
-    size = results["video"]["height"], results["video"]["width"]
 
     def over(part: str, name: str) -> dict[str, Mapping]:
         return {policy: found[part][name] for policy, found in summary.items() if name in found.get(part, {})}
@@ -55,8 +54,8 @@ def render(results: Mapping[str, Any], videos: Mapping[str, list[pathlib.Path]])
         world=[name for name in names if name.startswith(WORLD)],
         labels=LABELS | {name: name.removeprefix(WORLD) for name in names if name.startswith(WORLD)},
         strips=[
-            (case, {policy: figures.film_strip(paths[i], size) for policy, paths in videos.items()})
-            for i, case in enumerate(results["prompts"][: len(next(iter(videos.values())))])
+            (case, {policy: figures.picture(paths[i]) for policy, paths in strips.items()})
+            for i, case in enumerate(results["prompts"][: len(next(iter(strips.values())))])
         ],
         chunks=[curve("chunks", name, "chunk", LABELS[name]) for name in measured("chunks")],
         forced=[curve("forced", name, "chunk", up, log) for name, (up, log) in FORCED.items()] if sparse else [],

@@ -15,6 +15,8 @@ from lf_jax.checkpoint.replace import replaced_file
 from lf_jax.config import check
 from lf_jax.evaluate.cases import Case
 
+STRIP, MP4 = "jpg", "mp4"  # kinds of files
+
 
 @dataclasses.dataclass(frozen=True)
 class Store:
@@ -23,15 +25,35 @@ class Store:
     Attributes:
         recipes: of every policy, all that its videos depend on beside prompt and seed.
         overwrite: take files that were made otherwise for absent.
+        strips: prompts whose film strips are kept, the first ones.
+        mp4s: prompts whose videos are kept, likewise.
+        vmaf: whether scores have VMAF.
     """
 
     folder: pathlib.Path
     cases: Sequence[Case]
     recipes: Mapping[str, str]
     overwrite: bool = False
+    strips: int = 0
+    mp4s: int = 0
+    vmaf: bool = False
 
     def path(self, policy: str, index: int, kind: str) -> pathlib.Path:
         return self.folder / policy / f"{index:04d}.{kind}"
+
+    def kinds(self, index: int) -> tuple[str, ...]:
+        """What is kept of a video beside latents and scores."""
+        return (STRIP,) * (index < self.strips) + (MP4,) * (index < self.mp4s)
+
+    def complete(self, policy: str, index: int, compared: bool) -> bool:
+        """Whether scores and all that is kept of a video are there; its latents need not be. Raises ValueError as `notes`.
+
+        Args:
+            compared: the scores are beside those of another video.
+        """
+        notes = self.notes(policy, index, "scores")
+        whole = notes is not None and ("vmaf" in notes["scores"] or not (self.vmaf and compared))
+        return whole and all(self.path(policy, index, kind).exists() for kind in self.kinds(index))
 
     def stamp(self, policy: str, index: int) -> dict[str, str | int]:
         case = self.cases[index]

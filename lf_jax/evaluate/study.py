@@ -1,42 +1,40 @@
 """The evaluation itself: videos of every policy from the same prompts and noise, and what is measured of each.
 
-    rollouts    free-running: every policy generates its own video, as `lf-jax sample` would
-    scores      those videos, beside the dense one of the same prompt and seed
+    videos      free-running: every policy generates its own videos, as `lf-jax sample` would, and they are measured beside
+                the dense ones of the same prompts and seeds
     forced      every policy with the dense video as its past: the error of one network pass, and of its choice of blocks
 
 Each step leaves files in the `Store` and makes only those that are missing, so an interrupted evaluation goes on.
 """
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lf_jax.arrays import Float, UInt8
+from lf_jax.arrays import Array, Float, UInt8
 from lf_jax.config import Config
-from lf_jax.dit import text_cache
 from lf_jax.evaluate import forcing, pixels
-from lf_jax.evaluate.cases import Case, judge
+from lf_jax.evaluate.cases import Case
 from lf_jax.evaluate.policies import average, densities, meaning
-from lf_jax.evaluate.statistics import LEVEL, nested
+from lf_jax.evaluate.record import Notes, chunk_sizes, record, workers
+from lf_jax.evaluate.statistics import LEVEL
 from lf_jax.evaluate.store import Store
 from lf_jax.evaluate.summary import summarise
-from lf_jax.evaluate.vmaf import find_ffmpeg, vmaf
-from lf_jax.generate import begin, decode
+from lf_jax.generate import begin, compiled_text_cache, decode
 from lf_jax.inputs import video_chunks
 from lf_jax.pipeline import Pipeline
 from lf_jax.rollout import stream
 from lf_jax.text import Embeddings
 from lf_jax.tokens import Grid
-from lf_jax.video import write_mp4
 
 DENSE = "dense"  # the policy that the others are measured against
 Advance = Callable[[], None]
+Job = tuple[str, int, Future[Notes]]  # policy, number of the prompt, what is measured of its video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,38 +47,26 @@ class Study:
     embeddings: Embeddings  # of all prompts, and of the negative one under guidance
     store: Store
 
-    def rollouts(self, batch: int, advance: Advance) -> None:
-        """Makes the latents that are missing, `batch` videos at a time; `advance` is called for each video there then is."""
-        for policy, settings in self.policies.items():
-            missing = [i for i in range(len(self.cases)) if not self.store.has_latents(policy, i)]
-            for _ in range(len(self.cases) - len(missing)):
-                advance()
-            for start in range(0, len(missing), batch):
-                together = missing[start : start + batch]
-                filled = together + together[-1:] * (batch - len(together))  # one size of batch compiles once
-                videos = roll_out(self.pipe, settings, [self.cases[i] for i in filled], self.embeddings)
-                for i, latents in zip(together, videos, strict=False):
-                    self.store.save_latents(policy, i, latents)
-                    advance()
-
-    def scores(self, advance: Advance) -> None:
-        """Writes an mp4 and the scores of every video that has none: decoded here, encoded and judged by threads."""
-        with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # as the evaluator does itself, but not safely among threads
-            under_way: list[Future] = []  # of the prompt before: no more videos than two prompts' are in memory
-            for i in range(len(self.cases)):
-                missing = [policy for policy in self.policies if not self._scored(policy, i)]
-                for _ in range(len(self.policies) - len(missing)):
-                    advance()
-                videos = {policy: self._pixels(policy, i) for policy in dict.fromkeys((DENSE, *missing)) if missing}
-                jobs = [pool.submit(self._score, policy, i, videos[policy], videos[DENSE]) for policy in missing]
-                for job in under_way:
-                    job.result()
-                    advance()
-                under_way = jobs
-            for job in under_way:
-                job.result()
-                advance()
+    def videos(self, batch: int, advance: Advance) -> None:
+        """Makes the videos of which anything is missing, `batch` at a time, and what is kept of them; `advance` is called for
+        each that is done. Other processes judge and write them while the next ones are made."""
+        with workers() as pool:
+            under_way: list[Job] = []  # of the batch before: no more videos than those of two batches wait
+            for start in range(0, len(self.cases), batch):
+                group, dense = range(start, min(start + batch, len(self.cases))), None
+                for policy in self.policies:
+                    missing = [i for i in group if not self.store.complete(policy, i, policy != DENSE)]
+                    for _ in range(len(group) - len(missing)):
+                        advance()
+                    if not missing:
+                        continue
+                    dense = self._pixels(DENSE, group, batch) if dense is None else dense
+                    beside = dense[np.asarray(_filled(missing, batch)) - start]
+                    pair = (beside, None) if policy == DENSE else (self._pixels(policy, missing, batch), beside)
+                    jobs = [(policy, i, pool.submit(record, *given)) for i, given in self._found(policy, missing, *pair)]
+                    self._finish(under_way, advance)
+                    under_way = jobs
+            self._finish(under_way, advance)
 
     def forced(self, number: int, advance: Advance) -> None:
         """Measures the policies with the dense latents of the first `number` prompts as their past."""
@@ -92,9 +78,10 @@ class Study:
             }
             if wanted:
                 case, dense = self.cases[i], self.policies[DENSE]
-                text = _text_cache(self.pipe.model, self.pipe.text([case.prompt], dense, self.embeddings))
+                text = compiled_text_cache(self.pipe.model, self.pipe.text([case.prompt], dense, self.embeddings))
                 keys = self.pipe.keys([case.prompt], case.seed)
-                found = forcing.measure(self.pipe.model, text, keys, self.store.latents(DENSE, i), dense, wanted)
+                (latents,) = self._latents(DENSE, [i], 1)
+                found = forcing.measure(self.pipe.model, text, keys, latents, dense, wanted)
                 for policy, notes in found.items():
                     self.store.save_notes(policy, i, "forced", notes)
             advance()
@@ -112,7 +99,6 @@ class Study:
             for policy in self.policies
             if policy != DENSE and forced
         }
-        _, no_vmaf = find_ffmpeg()
         some = next((settings for policy, settings in self.policies.items() if policy != DENSE), dense)
         return {
             "level": LEVEL,
@@ -133,78 +119,86 @@ class Study:
                 }
                 for policy, settings in self.policies.items()
             },
-            "left_out": _left_out(self.cases, no_vmaf, forced),
+            "left_out": _left_out(self.cases, self.store.vmaf, forced),
             "summary": summarise(videos, passes, DENSE),
             "videos": videos,
             "forced": passes,
         }
 
-    def _scored(self, policy: str, i: int) -> bool:
-        return self.store.path(policy, i, "mp4").exists() and self.store.notes(policy, i, "scores") is not None
+    def _found(
+        self, policy: str, indices: Sequence[int], video: UInt8[Array, "b f h w 3"], dense: UInt8[Array, "b f h w 3"] | None
+    ) -> Iterator[tuple[int, tuple]]:
+        """The arguments of `record` for the first videos of a batch, one for each of `indices`."""
+        settings, store = self.policies[policy], self.store
+        measures, frames = measure(video, dense, settings), np.asarray(video)
+        compared = np.asarray(dense) if store.vmaf and dense is not None else [None] * len(frames)
+        for row, i in enumerate(indices):
+            files = {kind: store.path(policy, i, kind) for kind in store.kinds(i)}
+            own = jax.tree.map(lambda values, row=row: values[row], measures)
+            yield i, (frames[row], self.cases[i], settings, own, files, compared[row])
 
-    def _score(self, policy: str, i: int, video: UInt8[np.ndarray, "f h w 3"], dense: UInt8[np.ndarray, "f h w 3"]) -> None:
-        settings = self.policies[policy]
-        write_mp4(self.store.path(policy, i, "mp4"), video, settings.video.fps)
-        other = None if policy == DENSE else dense
-        self.store.save_notes(policy, i, "scores", score(video, other, self.cases[i], settings))
+    def _finish(self, jobs: Sequence[Job], advance: Advance) -> None:
+        for policy, i, job in jobs:
+            self.store.save_notes(policy, i, "scores", job.result())
+            advance()
 
-    def _pixels(self, policy: str, i: int) -> UInt8[np.ndarray, "f h w 3"]:
-        return to_pixels(self.pipe, self.policies[policy], self.store.latents(policy, i))
+    def _pixels(self, policy: str, indices: Sequence[int], batch: int) -> UInt8[Array, "b f h w 3"]:
+        """A whole batch: the last video is repeated, because one size of batch compiles once."""
+        latents = self._latents(policy, indices, batch)
+        return to_pixels(self.pipe, self.policies[policy], latents[np.minimum(np.arange(batch), len(latents) - 1)])
+
+    def _latents(self, policy: str, indices: Sequence[int], batch: int) -> Float[np.ndarray, "n f h w c"]:
+        """Read, and made where they are missing."""
+        if missing := [i for i in indices if not self.store.has_latents(policy, i)]:
+            together = [self.cases[i] for i in _filled(missing, batch)]
+            videos = roll_out(self.pipe, self.policies[policy], together, self.embeddings)
+            for i, latents in zip(missing, videos, strict=False):
+                self.store.save_latents(policy, i, latents)
+        return np.stack([self.store.latents(policy, i) for i in indices])
 
 
 def roll_out(pipe: Pipeline, settings: Config, cases: Sequence[Case], embeddings: Embeddings) -> Float[np.ndarray, "b f h w c"]:
     """The latents of the videos that `pipe(prompts, seed=seeds)` makes under `settings`."""
     prompts = [case.prompt for case in cases]
-    text = _text_cache(pipe.model, pipe.text(prompts, settings, embeddings))
+    text = compiled_text_cache(pipe.model, pipe.text(prompts, settings, embeddings))
     state = begin(settings, pipe.keys(prompts, [case.seed for case in cases])).rollout
     chunks = stream(pipe.model, text, None, state, settings, sum(video_chunks(settings)))
     return np.concatenate([latents for latents, _ in list(chunks)], axis=1)  # waits once all are under way
 
 
-def to_pixels(pipe: Pipeline, settings: Config, latents: Float[np.ndarray, "f h w c"]) -> UInt8[np.ndarray, "g p q 3"]:
-    """The pixels of a video, decoded chunk by chunk as they would have been while it was made."""
+def to_pixels(pipe: Pipeline, settings: Config, latents: Float[np.ndarray, "b f h w c"]) -> UInt8[Array, "b g p q 3"]:
+    """The pixels of videos, decoded chunk by chunk as they would have been while they were made."""
     parts, past = [], None
-    for chunk in np.split(latents, np.cumsum(video_chunks(settings))[:-1]):
-        frames, past = decode(pipe.vae, jnp.asarray(chunk)[None], past)
-        parts.append(frames[0])
-    return np.concatenate(parts)
+    for chunk in np.split(latents, np.cumsum(video_chunks(settings))[:-1], axis=1):
+        frames, past = decode(pipe.vae, jnp.asarray(chunk), past)
+        parts.append(frames)
+    return jnp.concatenate(parts, axis=1)
 
 
-def score(
-    video: UInt8[np.ndarray, "f h w 3"], dense: UInt8[np.ndarray, "f h w 3"] | None, case: Case, settings: Config
-) -> dict[str, Any]:
-    """Everything that is measured of one video, as JSON can hold it.
+def measure(
+    video: UInt8[Array, "b f h w 3"], dense: UInt8[Array, "b f h w 3"] | None, settings: Config
+) -> dict[str, dict[str, Float[np.ndarray, "b *values"]]]:
+    """What pixels alone say of a batch, computed where they are.
 
     Args:
-        dense: the video to be like; None where `video` is that one.
+        dense: the videos to be like; None where `video` are those.
 
     Returns:
-        `scores`, a number or None by name; `chunks`, a number a chunk; `seconds`, a number a second. Names that begin
-        with "world." are of the evaluator of the procedural world, of prompts that are its captions.
+        The parts of `record`'s notes.
     """
-    stride = settings.vae.temporal_stride
-    sizes = [frames * stride for frames in video_chunks(settings)]
-    sizes[0] -= stride - 1  # the first latent frame is one of pixels
-    scores, chunks = {"flicker": pixels.flicker(video)}, {}
-    seconds = dict(pixels.appearance(video, settings.video.fps))
+    scores, chunks = {"flicker": jax.vmap(pixels.flicker)(video)}, {}
+    seconds = jax.vmap(lambda one: pixels.appearance(one, settings.video.fps))(video)
     if dense is not None:
-        frames = {"psnr": pixels.psnr(video, dense), "ssim": pixels.ssim(video, dense)}
-        ffmpeg, _ = find_ffmpeg()
-        if ffmpeg is not None:
-            frames["vmaf"] = vmaf(video, dense, settings.video.fps, ffmpeg)
-        for name, values in frames.items():
-            scores[name] = np.mean(values)
-            chunks[name] = pixels.grouped(values, sizes)
-    if case.facts is not None:
-        judged = judge(case.facts, video, settings)
-        asked = judged.whole()
-        known = [value for value in asked.values() if value is not None]
-        scores |= {f"world.{name}": value for name, value in asked.items()} | {"world.mean": np.mean(known)}
-        seconds |= {f"world.{name}": values for name, values in judged.seconds.items()}
-    return {
-        name: {key: nested(value) for key, value in part.items()}
-        for name, part in (("scores", scores), ("chunks", chunks), ("seconds", seconds))
-    }
+        sizes = chunk_sizes(settings)
+        for name, of in (("psnr", pixels.psnr), ("ssim", pixels.ssim)):
+            values = jax.vmap(of)(video, dense)
+            scores[name] = jnp.mean(values, axis=1)
+            chunks[name] = jax.vmap(lambda one: pixels.grouped(one, sizes))(values)
+    return jax.device_get({"scores": scores, "chunks": chunks, "seconds": seconds})
+
+
+def _filled(indices: Sequence[int], batch: int) -> list[int]:
+    return [*indices, *indices[-1:] * (batch - len(indices))]
 
 
 def _computed(passes: Sequence[Mapping] | None, settings: Config) -> float | None:
@@ -212,13 +206,11 @@ def _computed(passes: Sequence[Mapping] | None, settings: Config) -> float | Non
     return None if not passes else average(np.mean([notes["density"] for notes in passes], axis=0), settings)
 
 
-def _left_out(cases: Sequence[Case], no_vmaf: str, forced: int) -> dict[str, str]:
+def _left_out(cases: Sequence[Case], vmaf: bool, forced: int) -> dict[str, str]:
     """What was not measured, and why."""
-    reasons = {"VMAF": no_vmaf, "Teacher-forced measures": "" if forced else "not asked for"}
+    asked = {"VMAF": vmaf, "Teacher-forced measures": forced}
+    reasons = {name: "" if wanted else "not asked for" for name, wanted in asked.items()}
     strange = sum(case.facts is None for case in cases)
     if strange:
         reasons["Evaluator of the procedural world"] = f"{strange} of {len(cases)} prompts are no captions of one of this size"
     return {name: reason for name, reason in reasons.items() if reason}
-
-
-_text_cache = jax.jit(text_cache)

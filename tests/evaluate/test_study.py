@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shlex
+import shutil
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ from lf_jax.evaluate import study
 from lf_jax.evaluate.cases import of_prompts, of_world
 from lf_jax.evaluate.policies import names, with_policy
 from lf_jax.evaluate.store import Store
-from lf_jax.evaluate.vmaf import find_ffmpeg
+from lf_jax.evaluate.vmaf import find_ffmpeg, vmaf
 from lf_jax.pipeline import with_frames
 from lf_jax.video import read_video
 
@@ -27,14 +31,6 @@ NAMES = ["dense", "full", "light_forcing"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     return str(small.save(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def without_vmaf():
-    """What an ffmpeg of this machine would add is tested elsewhere; here it must not decide."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "find_ffmpeg", lambda: (None, "none here"))
-        yield
 
 
 def evaluate(model, folder, *words) -> int:
@@ -72,7 +68,7 @@ def test_latents_are_those_of_sampled_videos(folder, results):
         for i in range(2):
             recipes = {name: json.loads((folder / name / f"{i:04d}.scores.json").read_text())["stamp"]["recipe"]}
             latents = Store(folder, of_world(small.CONFIG, 2, 3), recipes).latents(name, i)
-            assert (study.to_pixels(pipe, settings, latents) == expected[i]).all()
+            assert (study.to_pixels(pipe, settings, latents[None])[0] == expected[i]).all()
             shown = read_video(folder / name / f"{i:04d}.mp4", 32, 48)
             assert shown.shape == (33, 32, 48, 3)
             assert np.corrcoef(shown.ravel(), expected[i].ravel())[0, 1] > 0.9  # through the codec
@@ -102,7 +98,7 @@ def test_the_results_say_what_they_were_measured_on(results):
     assert {"model", "device", "versions", "commit", "date", "seeds"} <= set(results["facts"])
     assert results["facts"]["seeds"] == "3 .. 4"
     assert results["config"]["video"]["num_frames"] == 33 and results["video"]["chunks"] == [3, 3, 3]
-    assert results["left_out"] == {"VMAF": "none here"}
+    assert results["left_out"] == {"VMAF": "not asked for"}
     assert results["policies"]["full"]["sparsity"]["policy"] == "full"
     for name in NAMES[1:]:
         policy = results["policies"][name]
@@ -122,7 +118,7 @@ def test_the_page_needs_nothing_but_itself(folder, results):
     for name in NAMES:
         assert f"<td>{name}</td>" in page
     assert results["prompts"][0]["prompt"] in page and results["prompts"][1]["prompt"] not in page  # one film strip each
-    assert "VMAF: none here" in page and "prefers-color-scheme" not in page and "light dark" in page
+    assert "VMAF: not asked for" in page and "prefers-color-scheme" not in page and "light dark" in page
 
 
 def changed(folder) -> dict[str, int]:
@@ -143,11 +139,67 @@ def test_a_second_run_makes_what_is_missing(model, folder):
     assert set(json.loads((folder / "results.json").read_text())["policies"]) == {*NAMES, "window"}
 
 
+def test_latents_are_not_needed_where_nothing_is_missing(model, folder, tmp_path, monkeypatch):
+    """So the small files of an evaluation can go to another machine, and the page is drawn there."""
+    for path in folder.glob("*/*.json"):
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.parent.name)
+    for name in NAMES:
+        shutil.copy(folder / name / "0000.jpg", tmp_path / name)
+    monkeypatch.setattr(study, "roll_out", lambda *_: pytest.fail("nothing is left to make"))
+    words = ("--num", 2, "--seed", 3, "--policies", *NAMES[1:], "--forced", 1, "--mp4s", 0)
+    assert evaluate(model, tmp_path, *words) == 0
+    assert (tmp_path / "report.html").exists() and not list(tmp_path.glob("*/*.mp4"))
+    (tmp_path / "full" / "0000.jpg").unlink()
+    monkeypatch.undo()
+    assert evaluate(model, tmp_path, *words) == 0  # made again, with the latents it takes
+    assert {path.name for path in tmp_path.glob("full/*.jpg")} == {"0000.jpg"}
+
+
 def test_files_of_other_options_are_not_mixed_in(model, folder, capsys):
     words = ("--num", 2, "--seed", 4, "--policies", "full", "--forced", 0)
     assert evaluate(model, folder, *words) == cli.BAD_INPUT
-    assert "dense/0000.safetensors would be replaced, made with other options: --overwrite allows it" in capsys.readouterr().err
+    assert "dense/0000.scores.json would be replaced, made with other options: --overwrite allows it" in capsys.readouterr().err
     assert evaluate(model, folder, *words, "--overwrite") == 0
+
+
+WORKER = """
+import numpy as np
+from lf_jax import config, world
+from lf_jax.evaluate.cases import Case
+from lf_jax.evaluate.record import record
+video = np.zeros((33, 32, 48, 3), np.uint8)
+settings = config.Config(video=config.Video(height=32, width=48, num_frames=33))
+case = Case("a red circle", 0, world.Facts((world.Thing("red", "circle"),)))
+notes = record(video, case, settings, {"scores": {"psnr": np.float32(3)}, "chunks": {}, "seconds": {}}, {}, None)
+assert notes["scores"]["psnr"] == 3 and notes["scores"]["world.shape"] == 0, notes
+"""
+
+
+def test_judging_takes_no_device():
+    """Each of the processes that judge videos would take a device's memory."""
+    subprocess.run([sys.executable, "-c", WORKER], env=os.environ | {"JAX_PLATFORMS": "none at all"}, check=True)
+
+
+KILLED = """
+import os, signal, time
+from lf_jax.evaluate.record import workers
+pool = workers()
+print(pool.submit(os.getpid).result(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed():
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True) as process:
+        worker = int(process.stdout.readline())
+        os.kill(worker, 0)
+        process.kill()
+    for _ in range(100):
+        if not pathlib.Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{worker} is still there")
 
 
 def test_prompts_from_a_file(model, tmp_path):
@@ -215,7 +267,7 @@ def test_vmaf_where_it_is_there():
     if ffmpeg is None:
         pytest.skip(reason)
     video = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
-    same, worse = (study.vmaf(video, other, 16, ffmpeg) for other in (video, video[:, ::-1]))
+    same, worse = (vmaf(video, other, 16, ffmpeg) for other in (video, video[:, ::-1]))
     assert same.shape == (3,) and same.min() > 95 and worse.max() < 50
 
 
