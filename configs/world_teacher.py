@@ -1,4 +1,4 @@
-"""Training of `world`, stage 3: the bidirectional teacher and the text encoder, on the latents of stage 2's autoencoder."""
+"""Training of `world`, stage 4: the bidirectional teacher and the text encoder, on the latents of stage 3's autoencoder."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ TRAIN = Train(
         )
     },
     config=dataclasses.replace(WORLD, sparsity=Sparsity(), rollout=SAMPLING),
-    init={"model": "runs/world_vae/model"},
+    init={"model": "runs/world_vae_sharp/model"},
     steps=4500,
     batch=64,
     save_every=500,

@@ -22,6 +22,7 @@ NUMBERS = {  # preset: tokens a frame, chunks, latent frames
     "world": (96, 7, 21),
     "world_vae_short": (96, 7, 21),
     "world_vae": (96, 7, 21),
+    "world_vae_sharp": (96, 7, 21),
     "world_teacher": (96, 1, 21),
     "world_causal": (96, 7, 21),
     "world_dmd": (96, 7, 21),

@@ -54,14 +54,15 @@ def training(name: str) -> Stage:
 
 
 def scoring(name: str, model: str, *more: str) -> Stage:
-    words = ("eval", "--model", f"runs/{model}/model", "--prompts", "world", "--num", "200", "--batch", "25", "--mp4s", "3", *more)
+    words = ("eval", "--model", f"runs/{model}/model", "--prompts", "world", "--num", "200", "--batch", "25", "--mp4s", "0", *more)
     return Stage(name, words, "results.json")
 
 
-ENCODING = ("latents", "--model", "runs/world_vae/model", "--data", "world", "--items", "10240", "--batch", "16")
+ENCODING = ("latents", "--model", "runs/world_vae_sharp/model", "--data", "world", "--items", "10240", "--batch", "16")
 STAGES = (
     training("world_vae_short"),
     training("world_vae"),
+    training("world_vae_sharp"),
     Stage("world_latents", ENCODING, "manifest.json"),
     training("world_teacher"),
     training("world_causal"),

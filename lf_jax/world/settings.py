@@ -52,9 +52,9 @@ class World:
     num_frames: int = 81
     fps: int = 16
     max_objects: int = 3
-    radii: tuple[tuple[float, float], ...] = ((0.082, 0.09), (0.125, 0.14))  # h, one range a name of SIZES
+    radii: tuple[tuple[float, float], ...] = ((0.1, 0.11), (0.15, 0.165))  # h, one range a name of SIZES
     speeds: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.19, 0.23), (0.45, 0.55))  # h/s, one a name of SPEEDS
-    wall_widths: tuple[float, float] = (0.4, 0.46)  # h: a little wider than a large object
+    wall_widths: tuple[float, float] = (0.4, 0.46)  # h: wider than a large object
     wall_speeds: tuple[float, float] = (0.36, 0.42)  # h/s, of a sliding wall
     pan_speeds: tuple[float, float] = (0.09, 0.12)  # h/s: less than a slow object's, whose direction thus shows on screen too
     mention: tuple[float, float] = (0.2, 1.2)  # chance that a caption says what it may leave out; drawn scene by scene

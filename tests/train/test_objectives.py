@@ -219,6 +219,7 @@ def test_settings_are_checked():
         (lambda: Distillation(min_timestep=990.0), "min_timestep=990.0"),
         (lambda: Distillation(score_shift=0.0), "score_shift=0.0"),
         (lambda: Autoencoder(kl=-1.0), "kl=-1.0"),
+        (lambda: Autoencoder(focus=-1.0), "focus=-1.0"),
         (lambda: Autoencoder().build(tiny, lambda *name: None, KEY), "config.vae.kind"),
     ):
         with pytest.raises((ValueError, TypeError), match=rule):  # the tests' own checking of types may come first

@@ -25,6 +25,10 @@ class Autoencoder:
                     place of a perceptual loss, which would need a pretrained network
         kl          divergence of the latents' distribution from the unit normal, mean over the numbers of a latent
 
+    With `focus` every pixel's error counts 1 + focus * saturation times in all terms but the last, of the video or of what
+    is made of it, whichever has more colour: small coloured objects before a pale background decide little otherwise, and
+    come out as blots of their colour. A squared error counts the square of it.
+
     Latents are not normalised here. What normalises them is measured at the end (`finish`).
     """
 
@@ -33,12 +37,13 @@ class Autoencoder:
     temporal: float = 0.5
     edges: float = 0.5
     kl: float = 1e-5
+    focus: float = 0.0
     remat: bool = False  # keep what lies between encoder and decoder only, and compute each again in the gradient
     measured: int = 16  # batches over which the latents' mean and standard deviation are taken at the end
 
     def __post_init__(self):
         check(self.measured > 0, f"{self.measured=} must be positive")
-        for name in ("l1", "l2", "temporal", "edges", "kl"):
+        for name in ("l1", "l2", "temporal", "edges", "kl", "focus"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
 
     def build(self, config: Config, load: Load, key: Key[Array, ""]) -> Networks:
@@ -78,7 +83,9 @@ class Autoencoder:
         mean, log_variance = keep(posterior)(model["vae"], video)
         latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
         made = keep(reconstruct)(model["vae"], latents)
-        error = made - video.astype(jnp.float32)
+        video = video.astype(jnp.float32)
+        colourful = jnp.maximum(_saturation(video), jax.lax.stop_gradient(_saturation(made)))
+        error = (made - video) * (1 + self.focus * colourful)
         terms = {
             "l1": jnp.mean(jnp.abs(error)),
             "l2": jnp.mean(jnp.square(error)),
@@ -129,3 +136,8 @@ def _raw_latents(model: vae.Vae, video: Array) -> Float[Array, "b g h w c"]:
 
 def _mean_difference(error: Float[Array, "b f p q 3"], axis: int) -> Float[Array, ""]:
     return jnp.mean(jnp.abs(jnp.diff(error, axis=axis)))
+
+
+def _saturation(video: Float[Array, "b f p q 3"]) -> Float[Array, "b f p q 1"]:
+    """The largest difference of two channels: 0 of a grey, 1 of a pure colour."""
+    return (jnp.max(video, axis=-1, keepdims=True) - jnp.min(video, axis=-1, keepdims=True)) / 2
