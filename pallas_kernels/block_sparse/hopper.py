@@ -65,9 +65,11 @@ def attention(
     cannot = unfit(q, blocks)
     if cannot is not None:
         raise NotImplementedError(f"block-sparse attention for Hopper: {cannot}")
+    queries_given, q = q.shape[1], mosaic.eights(q, 1)
     call = q.shape, blocks.block_q, blocks.block_k, blocks.index.shape[-1]
     configs = (config or Config(**tuned.config(direction, *call)) for direction in tuned.DIRECTIONS)
-    return attend(Hopper(scale, frame_tokens, *configs), q, k, v, past, blocks)
+    out, lse = attend(Hopper(scale, frame_tokens, *configs), q, k, v, past, blocks)
+    return out[:, :queries_given], lse[:, :, :queries_given]
 
 
 @dataclasses.dataclass(frozen=True)

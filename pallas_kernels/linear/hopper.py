@@ -58,7 +58,7 @@ def linear(x, w, bias, layer, *, activation, gate, residual, reach, dtype, turne
         w, bias, reach = jax.tree.map(lambda array: array[None], (w, bias, reach))
     gate = None if gate is None else gate.astype(jnp.float32).reshape(-1, outputs)
     rows = numbers.size // inputs
-    x, residual = jax.tree.map(lambda array: _eights(array.reshape(rows, *array.shape[len(lead) :])), (x, residual))
+    x, residual = jax.tree.map(lambda array: mosaic.eights(array.reshape(rows, *array.shape[len(lead) :]), 0), (x, residual))
     config = config or layout(rows, inputs * operands.itemsize, outputs)
     out = run(x, w, bias, layer, turned, Epilogue(activation, gate, tokens, residual, reach), config)
     return jax.tree.map(lambda array: array[:rows].reshape(*lead, *array.shape[1:]), out)
@@ -68,12 +68,6 @@ def plain(x, w, bias, layer, sliced, *, activation, gate, residual, turned, conf
     """See `api.linear`, of plain arrays; of `sliced` nothing is read. Everything else as in `linear`."""
     given = {"activation": activation, "gate": gate, "residual": residual, "reach": None, "dtype": x.dtype}
     return linear(x, w, bias, layer, **given, turned=turned, config=config)
-
-
-def _eights(array: jax.Array) -> jax.Array:
-    """With rows of zeros up to a multiple of eight: the copies to shared memory take as many at a time. Few calls need any."""
-    missing = -array.shape[0] % 8
-    return jnp.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1))) if missing else array
 
 
 def layout(rows: int, row_bytes: int, outputs: int) -> Config:

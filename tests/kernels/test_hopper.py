@@ -164,6 +164,24 @@ def test_full_size_lowers_without_a_gpu(block_q, block_k, past_gradient):
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 5  # three kernels, and two that join parts
 
 
+@pytest.mark.parametrize("block_q", [128, 64])
+@pytest.mark.parametrize("tq", [1, 129, 200])
+def test_any_number_of_queries_lowers_without_a_gpu(tq, block_q):
+    """The interpreter takes rows that a tile's copy does not."""
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    rows = 2, 2, -(-tq // block_q)
+    blocks = BlockMap(jnp.zeros((*rows, 2), jnp.int32), jnp.zeros(rows, jnp.int32), block_q, 64)
+
+    def run(q, k, v):
+        (out, lse), pull = jax.vjp(lambda q, k, v: hopper.attention(q, k, v, blocks, None, 0.1, None), q, k, v)
+        return out, lse, pull((out, lse))
+
+    traced = jax.jit(run).trace(array((2, tq, 2, 64)), array((2, 128, 2, 64)), array((2, 128, 2, 64)))
+    out, lse, gradients = traced.out_info
+    assert out.shape == gradients[0].shape == (2, tq, 2, 64) and lse.shape == (2, 2, tq)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.custom_call @mosaic_gpu") >= 3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("block_q", [128, 64])
 @pytest.mark.parametrize("block_k", [128, 64, 32])
