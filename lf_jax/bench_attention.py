@@ -1,8 +1,9 @@
 """What the choice of blocks costs beside the attention that it feeds, and what both save: the last chunk of a video.
 
 Every row is the time of one layer. A launch computes some layers, each with its own queries, keys and values and its own
-layer of the cache, so that no layer finds in the GPU's caches what only another has put there, and Python's part of a
-launch, which may take longer than a selection, is shared. Rows are timed as `pallas_kernels.bench` does it.
+layer of the cache, so that no layer finds in the GPU's caches what only another has put there. Rows are timed as
+`pallas_kernels.bench` does it, but without the gaps between kernels: the host takes longer to launch a selection than the
+device to run it, and has run ahead by then in a network.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from lf_jax.cache import ChunkKV, KVCache
 from lf_jax.config import Config, check, dtype_of
 from lf_jax.dit.block import SelfAttention
 from lf_jax.tokens import Grid, chunk_lengths, latent_frames
-from pallas_kernels import BlockMap, Past, block_sparse_attention, platform, selection, timing
+from pallas_kernels import BlockMap, Past, block_sparse_attention, platform, selection, timing, trace
 from pallas_kernels.runs import Run
 
 LAYERS = 8  # at most, of a launch: 1.7 GB of cache at full size
@@ -183,7 +184,7 @@ def measure(config: Config, repeats: int) -> bench.Report:
         first[name] = 1000 * (time.perf_counter() - start)
         runs[name] = Run(launch, jax.block_until_ready, None, "calls")
     chunk, rows = len(_lengths(config)) - 1, []
-    for name, times in timing.bursts(runs, repeats).items():
+    for name, times in timing.bursts(runs, repeats, trace.busy).items():
         per_layer = [ms / len(case.qkv) for ms in times]
         rows.append(bench.Row(name, chunk, first[name], statistics.median(per_layer), min(per_layer), max(per_layer)))
     return bench.Report(facts(config, case, rows, repeats), tuple(rows))
@@ -197,7 +198,9 @@ def facts(config: Config, case: Scene, rows: list[bench.Row], repeats: int) -> d
     select, dense = ms[WITH] - ms[WITHOUT] + ms[f"selection, {chosen}"], rows[-1].median
     both = ms[WITH] - ms[WITHOUT] + ms["selection + attention"]
     grid, kept, seen = Grid.of(config), int(case.budget.blocks), int(case.time.visible.sum())
-    return timing.facts(platform.describe(), repeats) | {
+    common = timing.facts(platform.describe(), repeats)
+    return common | {
+        "timed": f"{common['timed']}; without gaps between kernels",
         "layer": f"{len(case.qkv)} layers a launch; {case.qkv[0].shape[1]} queries, {case.dense[0].shape[1]} keys, "
         f"{config.model.heads} heads of {config.model.head_dim}, {config.model.dtype}, blocks {grid.block_q}x{grid.block_k}, "
         f"budget {kept} of {seen} blocks, {config.sparsity.policy}",

@@ -6,7 +6,7 @@ import os
 import pathlib
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -21,15 +21,20 @@ BURST = 0.005  # seconds of one run in one round, and of the pause before it
 PAUSE = 0.03
 ROUND = 0.05  # the same under sustained load
 ATTEMPTS = 3  # at a record in which every burst is seen
+Burst = Sequence[trace.Interval]  # the kernels of one
 VERSIONS = ("jax", "jaxlib", "nvidia-cudnn-cu13", "torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl")
 
 
-def bursts(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+def bursts(runs: Mapping[str, Run], rounds: int, duration: Callable[[Burst], float] = trace.span) -> dict[str, list[float]]:
     """Milliseconds of one call of each run, one figure a round: what the device takes at its full clocks.
 
     In a round every run in turn is launched back to back for about `BURST`, after a pause. So short, and so far apart, no
     run is slowed by the heat of another or its own. A figure is the time on the device from the beginning of a burst's first
     kernel to the end of its last, gaps included, by the profiler (CUPTI); where it sees no device, the wall time.
+
+    Args:
+        duration: of a burst's kernels, in seconds. `trace.busy` leaves the gaps out: of kernels so short that the host cannot
+            launch them as fast as they run, it is the time that they take where the host has run ahead.
 
     Raises:
         RuntimeError: if the profiler does not see every burst as one.
@@ -49,7 +54,7 @@ def bursts(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
             durations = walls
         elif len(seen) == len(order):
             calls = (launches[name] * runs[name].calls for name in order)
-            durations = [(end - start) / n for (start, end), n in zip(seen, calls, strict=True)]
+            durations = [duration(burst) / n for burst, n in zip(seen, calls, strict=True)]
         else:  # the host was held up amid a burst
             continue
         return {name: [1000 * durations[i] for i in range(at, len(order), len(runs))] for at, name in enumerate(runs)}

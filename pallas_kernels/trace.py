@@ -40,12 +40,24 @@ def intervals(data: ProfileData) -> list[Interval]:
     return sorted((event.start_ns / 1e9, (event.start_ns + event.duration_ns) / 1e9) for line in lines for event in line.events)
 
 
-def groups(intervals: Sequence[Interval], pause: float) -> list[Interval]:
-    """Begin and end of every group of intervals without a pause of so many seconds, or more, within."""
-    found: list[Interval] = []
+def groups(intervals: Sequence[Interval], pause: float) -> list[list[Interval]]:
+    """Every group of intervals without a pause of so many seconds, or more, within. What overlaps is one interval."""
+    found: list[list[Interval]] = []
     for start, end in intervals:
-        if found and start - found[-1][1] < pause:
-            found[-1] = found[-1][0], max(found[-1][1], end)
+        if found and start <= found[-1][-1][1]:
+            found[-1][-1] = found[-1][-1][0], max(found[-1][-1][1], end)
+        elif found and start - found[-1][-1][1] < pause:
+            found[-1].append((start, end))
         else:
-            found.append((start, end))
+            found.append([(start, end)])
     return found
+
+
+def span(group: Sequence[Interval]) -> float:
+    """Seconds from the beginning of the first interval to the end of the last."""
+    return group[-1][1] - group[0][0]
+
+
+def busy(group: Sequence[Interval]) -> float:
+    """Seconds within the intervals."""
+    return sum(end - start for start, end in group)

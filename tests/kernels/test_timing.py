@@ -72,6 +72,7 @@ def test_a_burst_lasts_from_its_first_kernel_to_its_last(monkeypatch):
     launches = 5 / (2 * (0.5 + 0.1) + 2)  # of 5 ms, by the wall
     calls = 2 * math.ceil(launches)
     assert times["one"] == pytest.approx([0.5 + 0.1 * (calls - 1) / calls] * 3)
+    assert timing.bursts(pair, 2, trace.busy)["one"] == pytest.approx([0.5] * 2)  # without the gaps
 
 
 def test_a_burst_with_a_pause_in_it_is_measured_again(monkeypatch):
@@ -99,7 +100,8 @@ def test_kernels_are_read_from_a_profile():
 
 def test_work_is_grouped_by_pauses():
     assert trace.groups([], 1) == []
-    assert trace.groups([(0, 4), (1, 2), (4.5, 5), (6, 7)], 1) == [(0, 5), (6, 7)]
+    assert trace.groups([(0, 4), (1, 2), (4.5, 5), (6, 7)], 1) == [[(0, 4), (4.5, 5)], [(6, 7)]]
+    assert trace.span([(0, 4), (4.5, 5)]) == 5 and trace.busy([(0, 4), (4.5, 5)]) == 4.5
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

@@ -111,8 +111,13 @@ def test_the_table_is_read_once(folder):
 def test_the_kernels_run_in_the_configuration_of_the_table(folder, monkeypatch):
     write(folder, [entry({"stages": 4}, fill=1), entry({"key_stages": 5}, direction="backward", fill=1)])
     seen = []
-    monkeypatch.setattr(hopper, "attend", lambda kernels, *_: seen.append((kernels.config, kernels.backward_config)))
-    q = jax.ShapeDtypeStruct((1, 128 * 133, 1, 128), jnp.bfloat16)
+
+    def attend(kernels, q, *_):
+        seen.append((kernels.config, kernels.backward_config))
+        return q, q
+
+    monkeypatch.setattr(hopper, "attend", attend)
+    q = jnp.zeros((1, 128 * 133, 1, 128), jnp.bfloat16)
     index, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 1, 133, 60), (1, 1, 133)))
     blocks = BlockMap(index, count, 128, 64)
     hopper.attention(q, q, q, blocks, None, 1.0, None)
