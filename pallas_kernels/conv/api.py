@@ -52,8 +52,8 @@ def convolve(
         eps: added to the mean square; goes with `scale`.
         upsample: first doubles rows and columns, by repeating them; goes without `past`, and with a side of 3.
         implementation: "hopper" (compute capability 9.0, bfloat16) or "xla" (any backend): a named one runs or raises. None
-            takes the first that can run the call, is not slow at it, and has run on GPUs for rows as these (for "hopper": of a
-            multiple of 64 pixels); under differentiation "xla", as the other has no gradients.
+            takes the first that can run the call and is not slow at it; under differentiation "xla", as the other has no
+            gradients.
 
     Returns:
         [b, f, h, w, out] in the dtype of `x`; [b, f, 2 h, 2 w, out] with `upsample`. Products are summed in float32.

@@ -211,10 +211,24 @@ def test_the_kernel_says_what_it_is_not_made_for(call, why):
             hopper.conv(*call, None, None, None, None, Form(False, False), None)
 
 
-def test_small_images_and_rows_not_tried_on_a_gpu_are_left_to_xla():
+def test_small_images_are_left_to_xla():
     assert hopper.slow(*shapes(), Form(False, False)) is None
     assert "of its tiles" in hopper.slow(*shapes(h=16, w=24), Form(False, False))
-    assert "multiple of 64 pixels only, received 416" in hopper.slow(*shapes(w=416), Form(False, False))
+    assert hopper.slow(*shapes(w=416), Form(False, False)) is None
+
+
+def test_layers_of_the_same_shapes_share_a_kernel():
+    """One program for the GPU's compiler, called three times."""
+    *arrays, _, _ = jax.eval_shape(functools.partial(arguments_of_zeros, LAYERS["light, finest"]))
+    form = Form(False, False)
+
+    def layers(x, kernel, bias, past):
+        for _ in range(3):
+            x = hopper.conv(x, kernel, bias, past, None, None, form, EPS, config=hopper.Config(multiprocessors=mosaic.SXM))
+        return x
+
+    text = jax.jit(layers).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 1 and text.count("call @_run") == 3
 
 
 def test_a_tile_has_many_rows_where_there_are_many_tiles():
