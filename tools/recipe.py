@@ -54,21 +54,8 @@ def training(name: str) -> Stage:
 
 
 def scoring(name: str, model: str, *more: str) -> Stage:
-    words = (
-        "eval",
-        "--model",
-        f"runs/{model}/model",
-        "--prompts",
-        "world",
-        "--num",
-        "200",
-        "--batch",
-        "25",
-        "--mp4s",
-        "0",
-        *more,
-    )
-    return Stage(name, (*words, "--mp4s", "0", *more), "results.json")
+    words = ("eval", "--model", f"runs/{model}/model", "--prompts", "world", "--num", "200", "--batch", "25", "--mp4s", "0")
+    return Stage(name, (*words, *more), "results.json")
 
 
 ENCODING = ("latents", "--model", "runs/world_vae_sharp/model", "--data", "world", "--items", "10240", "--batch", "16")
