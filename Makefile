@@ -1,6 +1,6 @@
 # make test    sets up and runs the tests          make demo   sets up and makes a video from a prompt
 # make lint    ruff, as pre-commit runs it         make clean  removes the environment and the outputs
-# make recipe  trains the model that ships, on a GPU, in 40 minutes or in slices (docs/recipe.md): runs/world
+# make recipe  trains the model that is to ship, on a GPU, whole or in slices (docs/recipe.md): runs/world
 #
 # PYTHON picks the interpreter. The constraints pin what continuous integration tested on it. Bytecode is made when it is used.
 
