@@ -120,7 +120,9 @@ def _sample(world: World, key: Key[Array, ""]) -> Scene:
     crosses = standing & (jnp.arange(objects) == 0)
     speed = jnp.where(crosses, pick(2, (objects,)) + 1, pick(3, (objects,), p=(0.15, 0.45, 0.4)))
     heading = jnp.where(crosses, 4 * pick(2, (objects,)), pick(len(HEADINGS), (objects,)))
-    size = pick(len(SIZES), (objects,))
+    count = 1 + pick(objects)
+    roomy = (count < 3) | (jnp.arange(objects) == 0)  # beside a wall there is no room for three large objects
+    size = jnp.where(roomy, pick(len(SIZES), (objects,)), 0)
     radius, pace = ranged(world.radii, size), ranged(world.speeds, speed)
     angle = jnp.arange(len(HEADINGS)) * math.pi / 4
     velocity = pace[:, None] * jnp.stack([jnp.cos(angle), -jnp.sin(angle)], axis=-1).round(6)[heading]
@@ -132,7 +134,7 @@ def _sample(world: World, key: Key[Array, ""]) -> Scene:
     textured, any_kind = 2 + pick(2), pick(len(BACKGROUNDS))
     chance = between(*world.mention)
     scene = Scene(
-        count=1 + pick(objects),
+        count=count,
         colour=jax.random.permutation(next(drawn), len(COLOURS))[:objects],
         shape=pick(len(SHAPES), (objects,)),
         size=size,

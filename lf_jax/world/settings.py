@@ -52,7 +52,7 @@ class World:
     num_frames: int = 81
     fps: int = 16
     max_objects: int = 3
-    radii: tuple[tuple[float, float], ...] = ((0.1, 0.11), (0.14, 0.155))  # h, one range a name of SIZES
+    radii: tuple[tuple[float, float], ...] = ((0.11, 0.12), (0.15, 0.165))  # h, one range a name of SIZES
     speeds: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.19, 0.23), (0.45, 0.55))  # h/s, one a name of SPEEDS
     wall_widths: tuple[float, float] = (0.4, 0.46)  # h: wider than a large object
     wall_speeds: tuple[float, float] = (0.36, 0.42)  # h/s, of a sliding wall
