@@ -1,4 +1,4 @@
-"""Training of `world`, stage 5: the teacher learns to read clean chunks of the past only (teacher forcing)."""
+"""Training of `world`, stage 6: the teacher learns to read clean chunks of the past only (teacher forcing)."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Training of `world`, stage 6: the causal network learns to make a chunk in four steps from videos of its own, densely."""
+"""Training of `world`, stage 7: the causal network learns to make a chunk in four steps from videos of its own, densely."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Training of `world`, stage 7: the same once more under Light Forcing, with four in five key blocks left out on average."""
+"""Training of `world`, stage 8: the same once more under Light Forcing, with four in five key blocks left out on average."""
 
 from lf_jax import presets
 from lf_jax.train import Optimizer, Train

@@ -58,12 +58,17 @@ def scoring(name: str, model: str, *more: str) -> Stage:
     return Stage(name, (*words, *more), "results.json")
 
 
-ENCODING = ("latents", "--model", "runs/world_vae_sharp/model", "--data", "world", "--items", "10240", "--batch", "16")
+def encoding(name: str, *more: str) -> Stage:
+    return Stage(name, ("latents", "--model", "runs/world_vae/model", "--data", "world", *more), "manifest.json")
+
+
 STAGES = (
     training("world_vae_short"),
     training("world_vae"),
-    training("world_vae_sharp"),
-    Stage("world_latents", ENCODING, "manifest.json"),
+    encoding("world_images", "--video.num-frames", "1", "--items", "65536", "--batch", "256", "--shard", "1024", "--seed", "1"),
+    training("world_stills"),
+    encoding("world_latents", "--items", "10240", "--batch", "16"),
+    training("world_clips"),
     training("world_teacher"),
     training("world_causal"),
     training("world_dmd"),

@@ -15,9 +15,17 @@ from lf_jax.train.data.source import Source, shuffled
 
 @dataclasses.dataclass(frozen=True)
 class Latents(Source):
-    """The items of a folder of latents. With `model`, its autoencoder must be the one that made them."""
+    """The items of a folder of latents. With `model`, its autoencoder must be the one that made them.
+
+    With `frames`, items are cut off after so many latent frames, and may be of longer or shorter videos than the config's.
+    """
 
     path: str
+    frames: int | None = None  # None: the whole item
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.frames is None or 0 < self.frames, f"{self.frames=} must be positive")
 
     def items(self, config: Config) -> int:
         """
@@ -31,16 +39,18 @@ class Latents(Source):
         chosen = shuffled(self.seed, len(prompts), positions)
         places = [divmod(n, recipe.shard) for n in chosen]
         rows = [_view(shards.shard_path(pathlib.Path(self.path), number))[row] for number, row in places]
-        return {"latents": np.stack(rows).astype(np.float32)}, [prompts[n] for n in chosen]
+        return {"latents": np.stack([row[: self.frames] for row in rows]).astype(np.float32)}, [prompts[n] for n in chosen]
 
     def _open(self, config: Config) -> tuple[shards.Recipe, tuple[str, ...]]:
-        return _checked(pathlib.Path(self.path), self.model, config)
+        return _checked(pathlib.Path(self.path), self.model, self.frames, config)
 
 
 @functools.lru_cache(maxsize=8)
-def _checked(folder: pathlib.Path, model: str | None, config: Config) -> tuple[shards.Recipe, tuple[str, ...]]:
+def _checked(
+    folder: pathlib.Path, model: str | None, frames: int | None, config: Config
+) -> tuple[shards.Recipe, tuple[str, ...]]:
     recipe, prompts = shards.read_manifest(folder)
-    recipe.check_serves(folder, config)
+    recipe.check_serves(folder, config, frames)
     if model is not None:
         weights = shards.fingerprint(config.vae, component.stored(model, "vae"))
         check(

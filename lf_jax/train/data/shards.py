@@ -34,10 +34,15 @@ class Recipe:
     shard: int  # items of every shard but the last
     source: str  # what the videos came from
 
-    def check_serves(self, place: pathlib.Path, config: Config) -> None:
-        """Raises ValueError unless models of `config` are trained on these latents."""
+    def check_serves(self, place: pathlib.Path, config: Config, frames: int | None) -> None:
+        """Raises ValueError unless models of `config` are trained on these latents, or on the first `frames` of them."""
+        check(
+            frames is None or frames <= self.shape[0], f"the latents of {place} have {self.shape[0]} frames, expected {frames}"
+        )
+        free = () if frames is None else ("num_frames",)
         for name, ours, theirs in (("vae", settings(config.vae), self.vae), ("video", pixels(config), self.video)):
-            faults = [f"{name}.{key} {theirs.get(key)}, expected {ours[key]}" for key in ours if ours[key] != theirs.get(key)]
+            wrong = [key for key in ours if key not in free and ours[key] != theirs.get(key)]
+            faults = [f"{name}.{key} {theirs.get(key)}, expected {ours[key]}" for key in wrong]
             check(not faults, f"the latents of {place} were made with {'; '.join(faults)}")
 
     def shards(self, items: int) -> int:

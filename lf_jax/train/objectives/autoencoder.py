@@ -12,7 +12,7 @@ from lf_jax import vae
 from lf_jax.arrays import Array, Float, Key
 from lf_jax.config import Config, check, dtype_of
 from lf_jax.train.objectives.objective import Load, Networks, differentiate, draw
-from lf_jax.vae.wan import WanVae, statistics
+from lf_jax.vae.wan import WanVae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +103,9 @@ def posterior(model: WanVae, video: Float[Array, "b f p q 3"]) -> tuple[Float[Ar
     return mean, jnp.clip(log_variance, -30.0, 20.0)
 
 
+_posterior = jax.jit(posterior)
+
+
 def reconstruct(model: WanVae, latents: Float[Array, "b g h w c"]) -> Float[Array, "b f p q 3"]:
     """The pixels of a clip's latents, float32 and not cut off at [-1, 1]: beyond it there would be no gradient back."""
     video, _ = model.decoder(model.post_quant(latents.astype(dtype_of(model.config))), None)
@@ -114,24 +117,21 @@ def latent_statistics(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of every latent channel over `videos`, for `config.vae.mean` and `config.vae.std`.
 
+    Of draws from the latents' distribution, not of its means alone: those of a channel that `kl` has put out of use hardly
+    differ, and normalised by that little they would be noise as large as what the other channels say.
+
     Raises:
         ValueError: if there are no videos.
     """
     count, total, squares = 0, np.zeros(model.config.channels), np.zeros(model.config.channels)
     for video in videos:
-        latents = np.asarray(_raw_latents(model, video), np.float64)
-        count += latents[..., 0].size
-        total += latents.sum((0, 1, 2, 3))
-        squares += np.square(latents).sum((0, 1, 2, 3))
+        mean, log_variance = (np.asarray(part, np.float64) for part in _posterior(model, video))
+        count += mean[..., 0].size
+        total += mean.sum((0, 1, 2, 3))
+        squares += (np.square(mean) + np.exp(log_variance)).sum((0, 1, 2, 3))
     check(count > 0, "videos are empty: expected at least one batch")
     mean = total / count
     return tuple(map(float, mean)), tuple(map(float, np.sqrt(squares / count - np.square(mean))))
-
-
-@jax.jit
-def _raw_latents(model: vae.Vae, video: Array) -> Float[Array, "b g h w c"]:
-    mean, std = statistics(model.config)
-    return vae.encode(model, video).astype(jnp.float32) * std + mean
 
 
 def _mean_difference(error: Float[Array, "b f p q 3"], axis: int) -> Float[Array, ""]:
