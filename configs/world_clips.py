@@ -1,15 +1,9 @@
 """Training of `world`, stage 4: the same networks on the first 6 latent frames of videos, 21 frames, where things move."""
 
-import dataclasses
-
 from lf_jax import presets
-from lf_jax.config import Rollout, Sparsity
 from lf_jax.train import Optimizer, Train
 from lf_jax.train.data import Latents
 from lf_jax.train.objectives import Flow
-
-WORLD = presets.load("world")
-SAMPLING = Rollout(chunk_frames=21, sampler="unipc", num_inference_steps=4000, guidance_scale=3.0, shift=WORLD.rollout.shift)
 
 TRAIN = Train(
     objective=Flow(train_text=True, shift=8.0, given=0.5),
@@ -19,7 +13,7 @@ TRAIN = Train(
             learning_rate=1e-3, betas=(0.9, 0.99), clip=1.0, warmup=100, decay="cosine", final=0.5, ema=0.998, ema_start=300
         )
     },
-    config=dataclasses.replace(WORLD, sparsity=Sparsity(), rollout=SAMPLING),
+    config=presets.load("world_teacher"),
     init={"model": "runs/world_stills/model"},
     steps=4000,
     batch=192,

@@ -3,16 +3,10 @@
 What a caption says of colours, shapes, sizes and backgrounds is in a picture, and twenty of them cost what a video does.
 """
 
-import dataclasses
-
 from lf_jax import presets
-from lf_jax.config import Rollout, Sparsity
 from lf_jax.train import Optimizer, Train
 from lf_jax.train.data import Latents
 from lf_jax.train.objectives import Flow
-
-WORLD = presets.load("world")
-SAMPLING = Rollout(chunk_frames=21, sampler="unipc", num_inference_steps=30, guidance_scale=3.0, shift=WORLD.rollout.shift)
 
 TRAIN = Train(
     objective=Flow(train_text=True),
@@ -22,7 +16,7 @@ TRAIN = Train(
             learning_rate=1e-3, betas=(0.9, 0.99), clip=1.0, warmup=300, decay="cosine", final=0.5, ema=0.998, ema_start=300
         )
     },
-    config=dataclasses.replace(WORLD, sparsity=Sparsity(), rollout=SAMPLING),
+    config=presets.load("world_teacher"),
     init={"model": "runs/world_vae/model"},
     steps=3000,
     batch=512,

@@ -9,7 +9,7 @@ from lf_jax.train.data import Latents
 from lf_jax.train.objectives import Flow
 
 WORLD = presets.load("world")
-SAMPLING = Rollout(chunk_frames=21, sampler="unipc", num_inference_steps=3500, guidance_scale=3.0, shift=WORLD.rollout.shift)
+SAMPLING = Rollout(chunk_frames=21, sampler="unipc", num_inference_steps=30, guidance_scale=3.0, shift=WORLD.rollout.shift)
 
 TRAIN = Train(
     objective=Flow(train_text=True, shift=5.0, given=0.25),

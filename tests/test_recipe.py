@@ -119,7 +119,8 @@ def test_what_is_finished_is_skipped_and_minutes_end_a_slice(tmp_path, monkeypat
 
     monkeypatch.setattr(recipe, "execute", execute)
     monkeypatch.setattr(recipe.time, "monotonic", lambda: clock[0])
-    stages = [recipe.STAGES[at] for at in (0, 1, 4, 6, 7, 8, 9)]
+    names = ("vae_short", "vae", "latents", "teacher", "causal", "dmd", "light_forcing")
+    stages = [stage for stage in recipe.STAGES if stage.name.removeprefix("world_") in names]
     second, third = stages[2:4]
     for stage in stages[:2]:
         (stage.folder / "model").mkdir(parents=True)
